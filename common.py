@@ -1,10 +1,11 @@
 """The Transformer parts that the six models share: the lecture's recap slides, in code.
 
-Shape letters, here and in every script: B pictures, N tokens, D width, h heads, d = D / h width of a head,
-P patch side, K classes. Pictures are (B, 3, H, W), sequences (B, N, D): a token is a row here, a column on the slides.
-Every class takes plain arguments and works when it is pasted alone into a notebook.
+Shape letters, here and in every script: B pictures, N tokens, D width, h heads, d = D / h the width
+of a head, P patch side, K classes. Pictures are (B, 3, H, W), sequences (B, N, D): a token is a row
+here and a column on the slides. Every class works when it is pasted alone into a notebook.
 """
 
+import functools
 import math
 
 import torch
@@ -12,23 +13,21 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def gelu_tanh(x):
-    """GELU's tanh approximation: Google's ViT, DiT, SiT. At most 4.8e-4 away from the exact form."""
-    return F.gelu(x, approximate="tanh")
+gelu_tanh = functools.partial(F.gelu, approximate="tanh")  # Google's ViT, SiT; 4.8e-4 from exact
 
 
 def quick_gelu(x):
-    """x * sigmoid(1.702 x): Image GPT and CLIP. At most 0.021 away from the exact form."""
+    """x * sigmoid(1.702 x), Image GPT's and CLIP's: at most 0.021 away from the exact GELU."""
     return x * torch.sigmoid(1.702 * x)
 
 
 class LayerNorm(nn.LayerNorm):
-    """(..., D) -> (..., D), each token by itself ("calculated column-wise", slide "Transformer Layer -- Complete"):
+    """(..., D) -> (..., D), each token by itself (slide "Transformer Layer": "column-wise"):
 
         y = (x - E[x]) / sqrt(Var[x] + eps) * gamma + beta
 
-    E and Var (the biased one, divided by D) run over the D numbers of one token; gamma = `weight`, beta = `bias`.
-    eps is 1e-6 in ViT, MAE, I-JEPA, DINOv2 and SiT, 1e-5 in CLIP: it matters when released weights must give the same outputs.
+    E and Var (divided by D, not D - 1) run over the D numbers of one token; gamma is `weight`, beta
+    `bias`. eps is 1e-6 in ViT, MAE, I-JEPA, DINOv2, SiT and 1e-5 in CLIP.
     """
 
     def __init__(self, dim, eps=1e-6):
@@ -36,7 +35,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Cache:
-    """Keys and values of the tokens read so far, with room for `length`: sampling then costs one token a step."""
+    """Keys and values of the tokens so far, room for `length`: a sampling step costs one token."""
 
     def __init__(self, length):
         self.length, self.used, self.k, self.v = length, 0, None, None
@@ -54,15 +53,15 @@ class Cache:
 
 
 class Attention(nn.Module):
-    """Multi-head attention, x (B, N, D) -> (B, N, D): softmax(q k^T / sqrt(d)) v in each of h heads.
+    """Multi-head attention, x (B, N, D) -> (B, N, D): softmax(q k^T / sqrt(d)) v in each head.
 
-    As the recap's hypernetwork: the output is linear in the values, y = A v, and the weights A of that linear map are
-    not parameters: another branch, the softmax of queries times keys, computes them from the input. The heads'
-    outputs are concatenated and mixed by one matrix, the slide's Omega_c, here `proj`.
+    As the recap's hypernetwork: the output is linear in the values, y = A v, and the weights A are
+    no parameters; another branch, the softmax of queries times keys, computes them from the input.
+    The outputs of the heads, concatenated, are mixed by one matrix, the slide's Omega_c: `proj`.
 
-    `context` (B, M, D): cross-attention; queries come from x, keys and values from context (slide "Cross-Attention").
-    `causal`: token i sees tokens 0..i. `cache`: a Cache; x holds only the tokens that are new.
-    `return_weights`: returns (y, A) with A (B, h, N, M), each row summing to 1.
+    `context` (B, M, D): cross-attention, queries from x, keys and values from context.
+    `causal`: token i sees tokens 0..i. `cache`: a Cache; then x holds the new tokens alone.
+    `return_weights`: returns (y, A), A (B, h, N, M), each row summing to 1.
     """
 
     def __init__(self, dim, heads, bias=True, causal=False):
@@ -80,16 +79,18 @@ class Attention(nn.Module):
         else:
             weight, bias = self.qkv.weight, self.qkv.bias
             q = F.linear(x, weight[:D], None if bias is None else bias[:D])  # (B, N, D)
-            k, v = F.linear(context, weight[D:], None if bias is None else bias[D:]).chunk(2, dim=-1)  # (B, M, D)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, h, N or M, d)
+            kv = F.linear(context, weight[D:], None if bias is None else bias[D:])
+            k, v = kv.chunk(2, dim=-1)  # each (B, M, D)
+        # (B, N or M, D) -> (B, h, N or M, d)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         if cache is not None:
             k, v = cache.append(k, v)
         N, M, d = q.shape[2], k.shape[2], q.shape[3]
         mask = None
-        if self.causal and N > 1:  # query i is token M - N + i of the sequence and sees the keys up to itself
+        if self.causal and N > 1:  # query i is token M - N + i of the sequence
             mask = torch.ones(N, M, dtype=torch.bool, device=x.device).tril(M - N)
-        # Both branches are the same formula; written out is the faster one for short sequences in bfloat16 on a CPU.
-        if return_weights or (q.dtype == torch.bfloat16 and q.device.type == "cpu" and 1 < N <= 512):
+        # Both branches are one formula; up to 500 tokens of bfloat16 on a CPU, this is faster.
+        if return_weights or (q.dtype == torch.bfloat16 and x.device.type == "cpu" and M <= 512):
             scores = (q * d**-0.5) @ k.transpose(-2, -1)  # (B, h, N, M)
             if mask is not None:
                 scores = scores.masked_fill(~mask, -math.inf)
@@ -97,17 +98,18 @@ class Attention(nn.Module):
             y = weights @ v  # (B, h, N, d)
         else:
             whole = mask is not None and N == M
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if whole else mask, is_causal=whole)
-        y = self.proj(y.transpose(1, 2).flatten(2))  # concatenate the heads: (B, N, D)
+            y = F.scaled_dot_product_attention(q, k, v, None if whole else mask, is_causal=whole)
+        y = self.proj(y.transpose(1, 2).flatten(2))  # heads side by side, then Omega_c: (B, N, D)
         return (y, weights) if return_weights else y
 
 
 class MLP(nn.Module):
-    """(B, N, D) -> (B, N, D), each token by itself: D -> hidden -> D."""
+    """(..., D) -> (..., D), each token by itself: D -> hidden -> D."""
 
     def __init__(self, dim, hidden, bias=True, act=F.gelu):
         super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden, bias=bias), act, nn.Linear(hidden, dim, bias=bias)
+        self.fc1, self.fc2 = nn.Linear(dim, hidden, bias=bias), nn.Linear(hidden, dim, bias=bias)
+        self.act = act
 
     def forward(self, x):
         return self.fc2(self.act(self.fc1(x)))
@@ -116,15 +118,15 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One Transformer layer, (B, N, D) -> (B, N, D).
 
-    Pre-norm, which all six models use:               Post-norm, the recap slide (`post_norm=True`):
-        x = x + attention(norm(x))                        x = norm(x + attention(x))
-        x = x + mlp(norm(x))                              x = norm(x + mlp(x))
+    Pre-norm, all six models:          `post_norm`, the slide "Transformer Layer -- Complete":
+        x = x + attention(norm(x))         x = norm(x + attention(x))
+        x = x + mlp(norm(x))               x = norm(x + mlp(x))
 
-    `cross=True` adds the decoder's extra stage between the two: cross-attention to `context` (B, M, D).
+    `cross=True` adds the decoder's extra stage in between: attention to `context` (B, M, D).
     """
 
-    def __init__(self, dim, heads, mlp_ratio=4.0, bias=True, act=F.gelu, norm=LayerNorm, causal=False,
-                 post_norm=False, cross=False):
+    def __init__(self, dim, heads, mlp_ratio=4.0, bias=True, act=F.gelu, norm=LayerNorm,
+                 causal=False, post_norm=False, cross=False):
         super().__init__()
         self.post_norm = post_norm
         self.norm1, self.attn = norm(dim), Attention(dim, heads, bias, causal)
@@ -145,7 +147,7 @@ class Block(nn.Module):
 
 
 def patchify(images, P):
-    """(B, C, H, W) -> (B, N, P*P*C), N = H W / P^2: patches in reading order, each flattened as (P, P, C)."""
+    """(B, C, H, W) -> (B, N, P*P*C), N = HW / P^2: patches in reading order, each (P, P, C)."""
     B, C, H, W = images.shape
     if H % P or W % P:
         raise ValueError(f"patches of {P} x {P} do not divide a picture of {H} x {W}")
@@ -154,7 +156,7 @@ def patchify(images, P):
 
 
 def unpatchify(patches, P, rows=None):
-    """(B, N, P*P*C) -> (B, C, H, W), the inverse of patchify; a square grid unless `rows` is given."""
+    """(B, N, P*P*C) -> (B, C, H, W), patchify's inverse; a square grid unless `rows` is given."""
     B, N, _ = patches.shape
     rows = rows or math.isqrt(N)
     x = patches.reshape(B, rows, N // rows, P, P, -1)  # (B, row, column, y, x, C)
@@ -164,8 +166,8 @@ def unpatchify(patches, P, rows=None):
 class PatchEmbed(nn.Module):
     """Flattened patches (B, N, P*P*C) -> tokens (B, N, D), by one trainable linear map.
 
-    A Conv2d with kernel = stride = P, run on the whole picture, is the same map. Its weight is kept in that form,
-    (D, C, P, P), because released checkpoints hold it so; it is multiplied as the matrix that it is.
+    A Conv2d with kernel = stride = P over the picture is the same map: released checkpoints hold
+    its weight in that form, (D, C, P, P), and so does this class.
     """
 
     def __init__(self, dim, patch_size, channels=3):
@@ -173,27 +175,28 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, dim, patch_size, stride=patch_size)
 
     def forward(self, patches):
-        return F.linear(patches, self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P*P*C)
+        return F.linear(patches, weight, self.proj.bias)
 
 
 def sincos_2d(dim, rows, columns=None):
     """The fixed position table of MAE, I-JEPA and SiT, (rows * columns, D) float32.
 
     For the patch at (r, c), with w_k = 10000^(-k / (D/4)) and k = 0 .. D/4 - 1:
-    [sin(c w) | cos(c w) | sin(r w) | cos(r w)]; the first half tells the column, the second the row.
+    [sin(c w) | cos(c w) | sin(r w) | cos(r w)]: first half column, second half row.
     """
     if dim % 4:
         raise ValueError(f"a sin-cos table needs a width divisible by 4, not {dim}")
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     r, c = torch.meshgrid(torch.arange(rows), torch.arange(columns or rows), indexing="ij")
-    c, r = (t.flatten()[:, None].double() * omega for t in (c, r))  # each (N, D/4)
+    c, r = (t.flatten()[:, None] * omega for t in (c, r))  # each (N, D/4)
     return torch.cat([c.sin(), c.cos(), r.sin(), r.cos()], dim=1).float()
 
 
 def resize_table(table, rows, columns=None, extra=0, antialias=True):
-    """A position table (1, extra + n*n, D) for another grid -> (1, extra + rows*columns, D), bicubic.
+    """A position table (1, extra + n*n, D) -> (1, extra + rows*columns, D), bicubic.
 
-    The first `extra` rows (class token) stay. timm resizes with antialias, MAE's and I-JEPA's code without.
+    The first `extra` rows (class token) stay. timm uses antialias, the code of MAE does not.
     """
     columns, n = columns or rows, math.isqrt(table.shape[1] - extra)
     if (n, n) == (rows, columns):
@@ -203,27 +206,25 @@ def resize_table(table, rows, columns=None, extra=0, antialias=True):
     return torch.cat([table[:, :extra], grid.flatten(2).transpose(1, 2)], dim=1)
 
 
-_announced = set()
+@functools.lru_cache  # so that each choice is printed once
+def multiplies_bf16(device, precision):
+    """Whether to use bfloat16 on a kind of device ("cpu", "cuda", ...); prints that and why."""
+    bf16, why = precision == "bf16", f"--precision {precision}"
+    if precision == "auto" and device == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        why = f"this GPU has {'' if bf16 else 'no '}bfloat16 units"
+    elif precision == "auto":
+        units = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        bf16 = device == "cpu" and any(getattr(torch.cpu, u, lambda: False)() for u in units)
+        why = f"this {device} has {'' if bf16 else 'no known '}bfloat16 units"
+    print(f"precision: {'bfloat16' if bf16 else 'float32'} ({why})")
+    return bf16
 
 
 def autocast(device, precision="auto"):
-    """A context in which matrix products run in bfloat16 where the hardware multiplies it natively, else in float32.
+    """A context for matrix products in bfloat16 where the hardware has it natively, else float32.
 
-    precision: "auto", "bf16" or "fp32". Prints its choice once, with the reason. Parameters stay float32.
+    precision: "auto", "bf16" or "fp32". Weights, sums and normalisations stay float32.
     """
-    device = torch.device(device)
-    if precision != "auto":
-        bf16, reason = precision == "bf16", f"--precision {precision}"
-    elif device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        reason = f"this GPU {'multiplies' if bf16 else 'does not multiply'} bfloat16 natively"
-    elif device.type == "cpu":
-        probes = (getattr(torch.cpu, f"_is_{unit}_supported", lambda: False) for unit in ("amx_tile", "avx512_bf16"))
-        bf16 = any(probe() for probe in probes)
-        reason = f"this CPU has {'' if bf16 else 'no '}bfloat16 units (AMX or AVX-512-BF16)"
-    else:
-        bf16, reason = False, f"the safe choice on {device.type}"
-    if (line := f"precision: {'bfloat16' if bf16 else 'float32'} on {device.type} ({reason})") not in _announced:
-        _announced.add(line)
-        print(line)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+    kind = torch.device(device).type
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=multiplies_bf16(kind, precision))

@@ -1,0 +1,478 @@
+"""data.py: the pictures, the yardsticks, and what happens to every kind of bad file."""
+
+import hashlib
+import http.server
+import io
+import math
+import pickle
+import re
+import struct
+import tarfile
+import threading
+import time
+import xml.etree.ElementTree
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+import data
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return data.load("shapes")
+
+
+# ---------------------------------------------------------------------------------------- data sets
+
+
+def test_shapes_are_what_the_design_says(shapes):
+    assert shapes.train_images.shape == (20000, 3, 32, 32) and shapes.train_images.dtype == torch.uint8
+    assert shapes.test_images.shape == (2000, 3, 32, 32) and shapes.unseen_images.shape == (1000, 3, 32, 32)
+    assert torch.bincount(shapes.train_labels).tolist() == [2000] * 10
+    again, other = data.shapes(0), data.shapes(1)
+    assert (again.train_images == shapes.train_images).all() and again.test_captions == shapes.test_captions
+    assert (other.train_images != shapes.train_images).any()
+
+
+def test_captions_name_shape_colour_size_and_place(shapes):
+    def pair(caption):
+        words = re.findall(r"\w+", caption)
+        colour, = set(words) & set(data.COLOURS)
+        shape, = set(words) & set(data.SHAPES)
+        assert len({"small", "big"} & set(words)) == 1 and sum(p in caption for p in data.PLACES) == 1
+        return shape, colour
+
+    seen = {pair(c) for c in shapes.train_captions} | {pair(c) for c in shapes.test_captions}
+    unseen = {pair(c) for c in shapes.unseen_captions}
+    assert len(seen) == 60 and len(unseen) == 20 and not seen & unseen
+    for captions, labels in ((shapes.train_captions, shapes.train_labels),
+                             (shapes.unseen_captions, shapes.unseen_labels)):
+        assert all(pair(c)[0] == data.SHAPES[k] for c, k in zip(captions[:500], labels))
+
+
+def test_captions_are_true(shapes):
+    """A big shape covers more pixels than a small one, red is red, and left is left."""
+    images = shapes.train_images[:4000].float()
+    ground = torch.cat([images[:, :, 0], images[:, :, -1]], -1).median(-1).values[:, :, None, None]
+    shape = (images - ground).abs().amax(1) > 60  # (n, H, W)
+    area = shape.float().mean((1, 2))
+    column = (shape * torch.arange(32.0)).sum((1, 2)) / shape.sum((1, 2)).clamp(min=1)
+    has = lambda word: torch.tensor([word in c for c in shapes.train_captions[:4000]]) & (area > 0.05)
+    assert area[has("big")].mean() > 1.3 * area[has("small")].mean()
+    assert column[has("on the left")].mean() < 13.5 < 17.5 < column[has("on the right")].mean()
+    colour = (images * shape[:, None]).sum((2, 3)) / shape.sum((1, 2)).clamp(min=1)[:, None]
+    for name in ("red", "green", "blue"):
+        assert colour[has(f" {name} ")].mean(0).argmax() == ["red", "green", "blue"].index(name)
+
+
+def test_signed_distances_have_unit_slope_or_less():
+    """Else the soft edge of one pixel would be sharper or softer than for the circle."""
+    y, x = torch.meshgrid(torch.linspace(-1.5, 1.5, 301), torch.linspace(-1.5, 1.5, 301), indexing="ij")
+    for name in data.SHAPES:
+        distance = data.signed_distance(name, x, y)
+        slope = torch.hypot(*torch.gradient(distance, spacing=0.01))
+        edge = distance.abs() < 0.02
+        assert 0.85 < slope[edge].mean() < 1.15, name
+        assert 0.25 < (distance < 0).float().mean() * 9 / 2 < 1.4, name
+
+
+def test_image_size_rescales(shapes):
+    small = data.load("shapes", image_size=16)
+    assert small.train_images.shape == (20000, 3, 16, 16) and small.unseen_images.shape[-1] == 16
+    pooled = shapes.test_images[:100].float().reshape(100, 3, 16, 2, 16, 2).mean((3, 5))
+    assert (small.test_images[:100].float() - pooled).abs().mean() < 4
+
+
+def test_normalise_and_back(shapes):
+    x = shapes.normalise(shapes.train_images[:10000])
+    assert x.mean((0, 2, 3)).abs().max() < 1e-3 and (x.std((0, 2, 3)) - 1).abs().max() < 1e-3
+    assert (shapes.denormalise(x) * 255 - shapes.train_images[:10000]).abs().max() < 1e-2
+
+
+def cifar_folder(root, name="cifar10", n=None):
+    """The official layout, with random pixels; returns what was written."""
+    _, _, folder, label_bytes, files, names = data.CIFAR[name]
+    (root / folder).mkdir(parents=True)
+    classes, rng = int(name[5:]), np.random.default_rng(0)
+    (root / folder / names).write_text("\n".join(f"class_{k}" for k in range(classes)) + "\n\n")
+    written = {}
+    for file, n in files.items():
+        records = rng.integers(0, 256, (n, 3072 + label_bytes), dtype=np.uint8)
+        records[:, :label_bytes] %= classes
+        records.tofile(root / folder / file)
+        written[file] = records
+    return root / folder, written
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_reads_the_official_layout(tmp_path, name):
+    folder, written = cifar_folder(tmp_path, name)
+    cifar = data.load(name, tmp_path)
+    label_bytes = data.CIFAR[name][3]
+    first, last = list(written.values())[0], list(written.values())[-1]
+    assert cifar.train_images.shape == (50000, 3, 32, 32) and cifar.test_images.shape == (10000, 3, 32, 32)
+    assert (cifar.train_labels[:100].numpy() == first[:100, label_bytes - 1]).all()  # CIFAR-100: the fine one
+    assert (cifar.train_images[5].numpy().ravel() == first[5, label_bytes:]).all()
+    assert (cifar.test_images[7].numpy().ravel() == last[7, label_bytes:]).all()
+    assert f"class {cifar.test_labels[0]}" in cifar.test_captions[0] and len(set(cifar.train_captions)) > 100
+
+    file = folder / list(written)[0]
+    whole = file.read_bytes()
+    for bad in (whole[:-1], whole + b"x", b"", whole[:3073]):
+        file.write_bytes(bad)
+        with pytest.raises(data.UserError, match="is damaged: delete it"):
+            data.load(name, tmp_path)
+    file.write_bytes(bytes([255] * label_bytes) + whole[label_bytes:])
+    with pytest.raises(data.UserError, match="label 255"):
+        data.load(name, tmp_path)
+    file.unlink()
+    with pytest.raises(data.UserError, match="No such file"):
+        data.load(name, tmp_path)
+
+
+@pytest.fixture
+def server():
+    """A local web server; `server.answer` holds the bytes, and how to misbehave."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if answer.get("status", 200) != 200:
+                return self.send_error(answer["status"])
+            self.send_response(200)
+            self.send_header("Content-Length", str(answer.get("length", len(answer["body"]))))
+            self.end_headers()
+            self.wfile.write(answer["body"])
+            if "stall" in answer:
+                time.sleep(answer["stall"])
+
+        def log_message(self, *_):
+            pass
+
+    answer = {}
+    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    web.answer, web.url = answer, f"http://127.0.0.1:{web.server_port}/archive.tar.gz"
+    yield web
+    web.shutdown()
+    web.server_close()
+
+
+def archive(**members):
+    """A .tar.gz of {name: bytes, or a TarInfo}."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as tar:
+        for name, content in members.items():
+            info = content if isinstance(content, tarfile.TarInfo) else tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                info.size = len(content)
+            tar.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
+    return out.getvalue()
+
+
+def link(name, kind, target):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def test_download_is_whole_or_nothing(server, tmp_path):
+    good = archive(**{"set/a.bin": b"12345", "set/b.txt": b"names", "../evil": b"out", "/etc/evil": b"out"})
+    md5 = hashlib.md5(good).hexdigest()
+    get = lambda md5=md5: data.download(server.url, md5, tmp_path / "root", "set", {"a.bin": 5, "b.txt": None})
+
+    def refused(reason, md5=md5):
+        with pytest.raises(data.UserError, match=reason) as error:
+            get(md5)
+        assert "\n" not in str(error.value) and list((tmp_path / "root").iterdir()) == []
+
+    server.answer.update(status=404, body=b"")
+    refused("404")
+    server.answer.update(status=200, body=good[:-20])
+    refused("md5")
+    server.answer.update(body=good[:-20], length=len(good))  # cut off
+    refused("nothing was kept")
+    server.answer.update(body=good + b"!", length=len(good))  # lies about its length: the rest is not read
+    get()
+    assert (tmp_path / "root" / "set" / "a.bin").read_bytes() == b"12345"
+    assert [p.name for p in (tmp_path / "root").iterdir()] == ["set"]  # and the hostile members went nowhere
+    assert sorted(p.name for p in (tmp_path / "root" / "set").iterdir()) == ["a.bin", "b.txt"]
+
+
+def test_download_that_stalls(server, tmp_path, monkeypatch):
+    original = data.urllib.request.urlopen
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: original(url, timeout=0.3))
+    server.answer.update(body=b"only the start", length=1000, stall=1.5)
+    with pytest.raises(data.UserError, match="timed out"):
+        data.download(server.url, "0" * 32, tmp_path, "set", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("members", [
+    {"set/a.bin": link("set/a.bin", tarfile.SYMTYPE, "/etc/passwd"), "set/b.txt": b""},
+    {"set/a.bin": link("set/a.bin", tarfile.LNKTYPE, "../../x"), "set/b.txt": b""},
+    {"set/a.bin": link("set/a.bin", tarfile.DIRTYPE, ""), "set/b.txt": b""},
+    {"set/a.bin": b"1234", "set/b.txt": b""},
+    {"other/a.bin": b"12345", "../set/a.bin": b"12345", "set/b.txt": b""},
+])
+def test_hostile_archives_are_refused(server, tmp_path, members):
+    body = archive(**members)
+    server.answer.update(body=body)
+    with pytest.raises(data.UserError, match="nothing was kept"):
+        data.download(server.url, hashlib.md5(body).hexdigest(), tmp_path, "set", {"a.bin": 5, "b.txt": None})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_load_downloads_once(server, tmp_path, monkeypatch):
+    folder, _ = cifar_folder(tmp_path / "made")
+    body = archive(**{f"{folder.name}/{p.name}": p.read_bytes() for p in folder.iterdir()})
+    monkeypatch.setattr(data, "CIFAR_URL", server.url + "/")
+    name, _, *rest = data.CIFAR["cifar10"]
+    monkeypatch.setitem(data.CIFAR, "cifar10", (name, hashlib.md5(body).hexdigest(), *rest))
+    server.answer.update(body=body)
+    assert data.load("cifar10", tmp_path / "root").train_labels.shape == (50000,)
+    server.answer.update(status=404)
+    data.load("cifar10", tmp_path / "root")  # from the folder
+
+
+def test_own_npz(pictures, tmp_path):
+    own = data.load(str(pictures))
+    assert own.train_images.shape == (108, 3, 16, 16) and own.test_images.shape == (12, 3, 16, 16)
+    assert own.class_names == ["0", "1", "2"] and own.name == "own"
+    assert all(own.train_captions[i] == f"a photo of a {own.train_labels[i]}." for i in range(108))
+    brightness = own.train_images.float().mean((1, 2, 3))
+    assert (brightness.div(80).long() == own.train_labels).all()  # pictures and labels stay together
+    images, labels = np.zeros((20, 8, 8, 3), np.uint8), np.arange(20)
+    np.savez(tmp_path / "named.npz", images=images, labels=labels % 2, class_names=["cat", "dog"],
+             captions=[f"number {i}" for i in range(20)])
+    named = data.load(str(tmp_path / "named.npz"))
+    assert named.class_names == ["cat", "dog"] and sorted(named.train_captions + named.test_captions) == sorted(
+        f"number {i}" for i in range(20))
+
+
+IMAGES, LABELS = np.zeros((20, 8, 8, 3), np.uint8), np.zeros(20, np.int64)
+
+
+@pytest.mark.parametrize("arrays", [
+    dict(pictures=IMAGES, labels=LABELS), dict(images=IMAGES), dict(images=IMAGES.astype(np.float32), labels=LABELS),
+    dict(images=IMAGES[..., :1], labels=LABELS), dict(images=IMAGES[:, :4], labels=LABELS),
+    dict(images=IMAGES[0], labels=LABELS), dict(images=IMAGES, labels=LABELS[:5]), dict(images=IMAGES, labels=LABELS - 1),
+    dict(images=IMAGES, labels=LABELS / 2), dict(images=IMAGES[:0], labels=LABELS[:0]),
+    dict(images=IMAGES, labels=LABELS + 10**6), dict(images=IMAGES, labels=LABELS, captions=["one"]),
+    dict(images=IMAGES, labels=LABELS + 3, class_names=["a"]), dict(images=np.array(["x"] * 20), labels=LABELS),
+    dict(images=np.array([{}, []], dtype=object), labels=LABELS),
+])
+def test_bad_npz(tmp_path, arrays):
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(data.UserError, match="bad.npz") as error:
+        data.load(str(tmp_path / "bad.npz"))
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_npz(pictures, tmp_path):
+    whole = pictures.read_bytes()
+    for bad in (b"", b"PK", whole[:100], whole[:-30], b"\x80\x04" + whole, pickle.dumps({}), whole[:5000] + whole[6000:]):
+        (tmp_path / "bad.npz").write_bytes(bad)
+        with pytest.raises(data.UserError, match="bad.npz"):
+            data.load(str(tmp_path / "bad.npz"))
+    for missing in (tmp_path / "none.npz", tmp_path):
+        with pytest.raises(data.UserError):
+            data.load(str(missing))
+
+
+# ------------------------------------------------------------------------------ batches, yardsticks
+
+
+def test_batches_are_epochs_without_repetition():
+    seen = torch.cat([data.batch_index(100, 10, step, seed=3) for step in range(20)])
+    assert seen[:100].sort().values.tolist() == list(range(100)) == seen[100:].sort().values.tolist()
+    assert (seen[:100] != seen[100:]).any()
+    assert (data.batch_index(100, 10, 7, 3) == seen[70:80]).all()
+    assert (data.batch_index(100, 10, 7, 4) != seen[70:80]).any()
+    assert len(data.batch_index(5, 64, 3, 0)) == 5
+
+
+def test_augment_shifts_and_mirrors():
+    torch.manual_seed(0)
+    image = torch.arange(3 * 8 * 8).reshape(3, 8, 8).byte()
+    out = data.augment(image.expand(400, 3, 8, 8), pad=2)
+    possible = set()
+    for flipped in (image, image.flip(2)):
+        padded = torch.nn.functional.pad(flipped.float(), (2, 2, 2, 2), mode="reflect").byte()
+        possible |= {padded[:, y:y + 8, x:x + 8].numpy().tobytes() for y in range(5) for x in range(5)}
+    drawn = {picture.numpy().tobytes() for picture in out}
+    assert drawn == possible and len(possible) == 50
+    assert {p.numpy().tobytes() for p in data.augment(image.expand(400, 3, 8, 8), 0, False)} == {image.numpy().tobytes()}
+
+
+def test_linear_probe_is_logistic_regression():
+    torch.manual_seed(0)
+    y = torch.arange(600) % 3
+    x = torch.randn(600, 8) + 2.5 * torch.nn.functional.one_hot(y, 8)
+    score = data.linear_probe(x[:500], y[:500], x[500:], y[500:])
+    best = (x[500:, :3].argmax(1) == y[500:]).float().mean().item()  # Bayes
+    assert abs(score - best) < 0.05 and score > 0.85
+    scaled = x * torch.logspace(-3, 3, 8) + 100
+    assert abs(data.linear_probe(scaled[:500], y[:500], scaled[500:], y[500:]) - score) < 0.03
+    noise = torch.randn(600, 8)
+    assert data.linear_probe(noise[:500], y[:500], noise[500:], y[500:]) < 0.5
+    ring = torch.randn(600, 2)
+    inside = (ring.norm(dim=1) < 1.18).long()  # not linearly separable
+    assert data.linear_probe(ring[:500], inside[:500], ring[500:], inside[500:]) < 0.65
+
+
+def test_knn_votes():
+    x = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]])
+    y = torch.tensor([0, 0, 1, 1])
+    assert data.knn(x, y, 5 * x, y, k=2) == 1
+    assert data.knn(x, y, x, 1 - y, k=1) == 0
+    assert data.knn(x, y, x[:1], torch.tensor([0]), k=4) == 1  # the nearer ones weigh more
+
+
+def test_small_cnn_learns_and_is_cached(pictures, tmp_path, monkeypatch):
+    own = data.load(str(pictures), tmp_path)
+    cnn = data.train_cnn(own, steps=60, batch_size=32)
+    assert (cnn(own.normalise(own.test_images)).argmax(1) == own.test_labels).all()
+    assert cnn.features(own.normalise(own.test_images)).shape == (12, 128) and not cnn.training
+    monkeypatch.setattr(data, "augment", None)  # a second training would fail
+    again = data.train_cnn(own, steps=60, batch_size=32)
+    assert all((a == b).all() for a, b in zip(cnn.state_dict().values(), again.state_dict().values()))
+
+
+# ----------------------------------------------------------------------- checkpoints, log, pictures
+
+
+def test_checkpoint_round_trip(tmp_path):
+    path = tmp_path / "deep" / "c.pt"
+    data.save_checkpoint(path, script="vit", model={"w": torch.ones(2)}, args={"lr": 0.1})
+    content = data.load_checkpoint(path, "vit")
+    assert (content["model"]["w"] == 1).all() and content["args"] == {"lr": 0.1}
+    assert [p.name for p in path.parent.iterdir()] == ["c.pt"]
+    with pytest.raises(data.UserError, match="written by vit, not by mae.py"):
+        data.load_checkpoint(path, "mae")
+
+
+def test_a_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "c.pt"
+    data.save_checkpoint(path, step=1)
+
+    def full_disk(content, target):
+        open(target, "wb").write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(data.UserError, match="cannot write .*No space left"):
+        data.save_checkpoint(path, step=2)
+    assert data.load_checkpoint(path)["step"] == 1 and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(data.UserError, match="cannot write"):
+        data.save_checkpoint(path / "under_a_file" / "c.pt", step=2)
+
+
+class Bomb:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code in a checkpoint ran')",)
+
+
+def test_bad_checkpoints(tmp_path):
+    good, bad = tmp_path / "good.pt", tmp_path / "bad.pt"
+    torch.save({"model": {"w": torch.randn(100)}, "step": 3}, good)
+    whole = good.read_bytes()
+    cut = [whole[:n] for n in (0, 1, 4, 50, len(whole) // 2, len(whole) - 1)]
+    for content in [*cut, b"hello", pickle.dumps(Bomb()), pickle.dumps([1, 2])]:
+        bad.write_bytes(content)
+        with pytest.raises(data.UserError, match="bad.pt: not a whole") as error:
+            data.load_checkpoint(bad)
+        assert "\n" not in str(error.value)
+    for value in (Bomb(), torch.nn.Linear(2, 2), [1], torch.ones(2)):
+        torch.save(value, bad)
+        with pytest.raises(data.UserError):
+            data.load_checkpoint(bad)
+    for path in (tmp_path, tmp_path / "missing.pt"):
+        with pytest.raises(data.UserError):
+            data.load_checkpoint(path)
+
+
+def test_log_drops_what_is_repeated(tmp_path):
+    path = tmp_path / "log.csv"
+    log = data.Log(path)
+    for step in range(5):
+        log.write(step, loss=torch.tensor(step / 3), lr=0.1)
+    lines = path.read_text().splitlines()
+    assert lines[0] == "step,loss,lr" and float(lines[2].split(",")[1]) == pytest.approx(1 / 3, abs=1e-8)
+    data.Log(path, start=3).write(3, loss=9, lr=0.1)
+    assert path.read_text().splitlines() == lines[:4] + ["3,9,0.1"]
+    data.Log(path)
+    assert path.read_text() == ""
+
+
+def read_png(path):
+    """A decoder for what save_png writes, with every checksum verified."""
+    raw = path.read_bytes()
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n"
+    at, chunks = 8, {}
+    while at < len(raw):
+        n, kind = struct.unpack(">I4s", raw[at:at + 8])
+        chunks[kind] = raw[at + 8:at + 8 + n]
+        assert zlib.crc32(kind + chunks[kind]) == struct.unpack(">I", raw[at + 8 + n:at + 12 + n])[0]
+        at += 12 + n
+    W, H, depth, colour, *rest = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
+    assert (depth, colour, rest) == (8, 2, [0, 0, 0]) and list(chunks)[-1] == b"IEND"
+    lines = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(H, 1 + 3 * W)
+    assert (lines[:, 0] == 0).all()
+    return torch.from_numpy(lines[:, 1:].reshape(H, W, 3).copy()).permute(2, 0, 1)
+
+
+def test_png(tmp_path):
+    images = torch.randint(0, 255, (5, 3, 96, 90), dtype=torch.uint8)
+    data.save_png(tmp_path / "a.png", images, columns=3)
+    sheet = read_png(tmp_path / "a.png")
+    assert sheet.shape == (3, 2 + 2 * 98, 2 + 3 * 92)
+    assert (sheet[:, 2:98, 2:92] == images[0]).all() and (sheet[:, 100:196, 94:184] == images[4]).all()
+    assert (sheet[:, :2] == 255).all() and (sheet[:, 100:196, 186:] == 255).all()
+    data.save_png(tmp_path / "b.png", torch.tensor([0.0, 0.5, 2.0])[None, :, None, None].expand(1, 3, 32, 32))
+    assert read_png(tmp_path / "b.png")[:, 50, 50].tolist() == [0, 128, 255]
+    assert read_png(tmp_path / "b.png").shape == (3, 100, 100)  # enlarged threefold
+
+
+def test_chart(tmp_path):
+    series = {"one": [(0, 1), (5, 3), (10, 2)], "two": [(0, 0), (10, math.nan)], "none": []}
+    data.save_chart(tmp_path / "c.svg", series, "steps", "loss")
+    root = xml.etree.ElementTree.parse(tmp_path / "c.svg").getroot()
+    words = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"steps", "loss", "one", "two", "0", "10", "3"} <= set(words)
+    line = next(root.iter("{http://www.w3.org/2000/svg}polyline")).get("points")
+    assert line == "70.0,216.7 290.0,30.0 510.0,123.3"  # y grows upwards
+
+
+# ---------------------------------------------------------------------------------- command line
+
+
+def test_number():
+    assert data.number(int, 1)("3") == 3 and data.number(float, 0, 1)("0.5") == 0.5
+    for kind, text in ((int, "2.5"), (int, "0"), (int, "x"), (float, "nan"), (float, "inf"), (float, "-1"), (float, "")):
+        with pytest.raises(data.argparse.ArgumentTypeError, match="number from"):
+            data.number(kind, 1)(text)
+
+
+def test_batch_loss_must_be_finite():
+    steps = data.Steps(type("Args", (), dict(steps=3, save_seconds=100)))
+    with pytest.raises(data.UserError, match="the loss is nan at step 1"):
+        for step in steps:
+            steps.check(step, torch.tensor([1.0, math.nan, 1.0][step]))
+
+
+def test_the_sheet(script, tmp_path, pictures):
+    done = script("data.py", "--out", tmp_path)
+    assert done.returncode == 0 and "20000 training, 2000 test pictures, 1000 of unseen pairs" in done.stdout
+    sheet, shapes = read_png(tmp_path / "sheet.png"), data.load("shapes")
+    assert (sheet[:, 2:98:3, 100:196:3] == shapes.train_images[1]).all()
+    assert f"row 1, column 2: {shapes.train_captions[1]}\n" in done.stdout
+    assert script("data.py", "--out", tmp_path, "--data", pictures).returncode == 0
+
+
+@pytest.mark.parametrize("words", [["--data", "imagenet"], ["--data", "none.npz"], ["--seed", "-1"], ["--sed", "1"]])
+def test_mistakes_end_in_one_line(script, words):
+    done = script("data.py", *words)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
