@@ -660,12 +660,13 @@ class Steps:
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def check(self, step, loss):
-        """Ends the run if the loss is not finite, before it reaches the weights."""
-        if not math.isfinite(loss := loss.item()):
-            raise UserError(f"the loss is {loss} at step {step}; the last checkpoint is as it was")
-        self.loss = loss
-        self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+    def check(self, step, loss, norm):
+        """Ends the run if the loss or the gradient's norm is not finite: weights stay as they are."""
+        self.loss, norm = loss.item(), norm.item()
+        if not math.isfinite(self.loss + norm):
+            raise UserError(f"the loss is {self.loss:g}, the norm of its gradient {norm:g} at step "
+                            f"{step}; the last checkpoint is as it was")
+        self.bar.set_postfix_str(f"loss {self.loss:.4f}", refresh=False)
 
     def seconds(self):
         return time.time() - self.began

@@ -71,8 +71,8 @@ class ViT(nn.Module):
         nn.init.normal_(self.patch_embed.proj.weight, std=(3 * self.patch_size**2) ** -0.5)
         self.pos_embed[0, -self.grid**2:] = sincos_2d(self.pos_embed.shape[2], self.grid)
 
-    def tokens(self, images):
-        """(B, 3, H, H) -> (B, 1 + N, D) after the last norm, class token first."""
+    def tokens(self, images, maps=None):
+        """(B, 3, H, H) -> (B, 1 + N, D), class token first. A list `maps` collects attention."""
         # 1. Divide the picture into P x P patches: 2. a sequence of length N = HW / P^2.
         x = patchify(images, self.patch_size)  # (B, N, P*P*3)
         # 3. The flattened patches are mapped to D dimensions by a trainable linear projection.
@@ -84,6 +84,8 @@ class ViT(nn.Module):
             token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
             x = torch.cat([token, x], dim=1)  # (B, 1 + N, D)
         for block in self.blocks:
+            if maps is not None:
+                maps.append(block.attn(block.norm1(x), return_weights=True)[1])
             x = block(x)
         return self.norm(x)
 
@@ -115,10 +117,10 @@ class ViT(nn.Module):
             depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
             heads = heads or (16 if dim in (1152, 1280, 1408) else dim // 64)
             mlp_ratio = len(state["blocks.0.mlp.fc1.bias"]) / dim
-            state.setdefault("head.weight", torch.zeros(num_classes or 1, dim))
-            state.setdefault("head.bias", torch.zeros(num_classes or 1))
+            K = len(state.setdefault("head.bias", torch.zeros(num_classes or 1)))
+            state.setdefault("head.weight", torch.zeros(K, dim))
             model = cls(math.isqrt(table.shape[1] - extra) * patch_size, patch_size, dim, depth,
-                        heads, mlp_ratio, len(state["head.bias"]), extra, act)
+                        heads, mlp_ratio, K, extra, act)
             if "pre_logits.bias" in state:
                 model.pre_logits = nn.Linear(dim, len(state["pre_logits.bias"]))
             model.load_state_dict(state)
@@ -139,34 +141,34 @@ def read_encoder(path):
         state = {k[15:]: v for k, v in state.items() if k.startswith("target_encoder.")}
     state = {k.removeprefix("module."): v for k, v in state.items()
              if torch.is_tensor(v) and not k.startswith(("decoder_", "mask_token"))}
-    for key in [k for k in state if k.endswith(".gamma")]:  # DINOv2 multiplies each branch by a
-        block, layer = key[:-6].rsplit(".", 1)  # vector: the same as scaling the branch's last map
-        for part in ("weight", "bias"):
-            name = f"{block}.{'attn.proj' if layer == 'ls1' else 'mlp.fc2'}.{part}"
-            state[name] = (state[name].T * state[key]).T
-        del state[key]
+    for key in [k for k in state if k.endswith(".gamma")]:  # DINOv2 scales each branch by a vector,
+        name = key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+        gamma = state.pop(key)  # which is the same as scaling the last map of the branch
+        state[f"{name}.weight"] = gamma[:, None] * state[f"{name}.weight"]
+        state[f"{name}.bias"] = gamma * state[f"{name}.bias"]
     return state, F.gelu, content["args"]["heads"] if "script" in content else None
 
 
 def read_google(path):
     """Google's .npz of JAX arrays (matrices [in, out], heads apart) -> as read_encoder."""
-    state = {}
     with data.refuse(f"{path}: not a Google ViT .npz"), np.load(path, allow_pickle=False) as file:
         arrays = {k.removeprefix("opt/target/").removeprefix("params/"): file[k] for k in file}
         D = len(arrays["embedding/bias"])
+        state = {"cls_token": arrays["cls"],
+                 "pos_embed": arrays["Transformer/posembed_input/pos_embedding"]}
         names = {"embedding": "patch_embed.proj", "Transformer/encoder_norm": "norm",
                  "head": "head", "pre_logits": "pre_logits"}
         for i in range(sum("LayerNorm_0/scale" in k for k in arrays)):
-            block = f"Transformer/encoderblock_{i}/"
-            attention = block + "MultiHeadDotProductAttention_1/"
-            names |= {block + "LayerNorm_0": f"blocks.{i}.norm1", attention + "out":
-                      f"blocks.{i}.attn.proj", block + "LayerNorm_2": f"blocks.{i}.norm2",
-                      block + "MlpBlock_3/Dense_0": f"blocks.{i}.mlp.fc1",
-                      block + "MlpBlock_3/Dense_1": f"blocks.{i}.mlp.fc2",
-                      attention + "qkv": f"blocks.{i}.attn.qkv"}
-            for part, shape in (("kernel", (D, D)), ("bias", (D,))):
-                qkv = [arrays[f"{attention}{n}/{part}"] for n in ("query", "key", "value")]
-                arrays[f"{attention}qkv/{part}"] = np.concatenate([t.reshape(shape) for t in qkv], -1)
+            theirs, ours = f"Transformer/encoderblock_{i}/", f"blocks.{i}."
+            attention = theirs + "MultiHeadDotProductAttention_1/"
+            for part in ("kernel", "bias"):  # [D, h, d] and [h, d] -> [D, 3D] and [1, 3D]
+                arrays[f"{attention}qkv/{part}"] = np.concatenate([
+                    arrays[f"{attention}{n}/{part}"].reshape(-1, D)
+                    for n in ("query", "key", "value")], axis=1)
+            names |= {theirs + "LayerNorm_0": ours + "norm1", attention + "qkv": ours + "attn.qkv",
+                      theirs + "LayerNorm_2": ours + "norm2", attention + "out": ours + "attn.proj",
+                      theirs + "MlpBlock_3/Dense_0": ours + "mlp.fc1",
+                      theirs + "MlpBlock_3/Dense_1": ours + "mlp.fc2"}
         for key, array in arrays.items():
             name, _, part = key.rpartition("/")
             if part == "kernel" and array.ndim == 4:
@@ -174,47 +176,32 @@ def read_google(path):
             elif part == "kernel":
                 array = array.reshape(-1, array.shape[-1]).T  # [in, out] -> [out, in]
             if name in names:
-                state[f"{names[name]}.{'bias' if part == 'bias' else 'weight'}"] = array
-        state["cls_token"] = arrays["cls"]
-        state["pos_embed"] = arrays["Transformer/posembed_input/pos_embedding"]
+                part = "bias" if part == "bias" else "weight"
+                state[f"{names[name]}.{part}"] = array.ravel() if part == "bias" else array
         state = {k: torch.from_numpy(np.ascontiguousarray(v, np.float32)) for k, v in state.items()}
     return state, gelu_tanh, None
-
-
-# -------------------------------------------------------------------------- evaluation and pictures
-
-
-def accuracy(model, dataset, amp):
-    logits = data.extract(model, dataset, dataset.test_images, amp)
-    return (logits.argmax(1) == dataset.test_labels).float().mean().item()
 
 
 @torch.no_grad()
 def attention_maps(model, images):
     """(B, 3, H, H) -> (layers, B, h, 1 + N, 1 + N): how much each token listens to each."""
-    maps, hooks = [], []
-    for block in model.blocks:
-        hooks.append(block.attn.register_forward_pre_hook(
-            lambda attn, inputs: maps.append(attn.forward(inputs[0], return_weights=True)[1])))
-    model.tokens(images)
-    for hook in hooks:
-        hook.remove()
+    model.tokens(images, maps := [])
     return torch.stack(maps)
 
 
 def attention_distance(maps, patch_size):
     """Figure 7 right: mean distance in pixels from a patch to what it attends to, (layers, h)."""
-    maps = maps[..., -math.isqrt(maps.shape[-1])**2:, -math.isqrt(maps.shape[-1])**2:]
-    side = torch.arange(math.isqrt(maps.shape[-1]), dtype=torch.float32, device=maps.device)
-    cells = torch.cartesian_prod(side, side) * patch_size  # (N, 2)
+    n = math.isqrt(maps.shape[-1])
+    maps = maps[..., -n * n:, -n * n:]
     maps = maps / maps.sum(-1, keepdim=True)  # the class token left out, the rest sums to 1 again
+    side = torch.arange(n, dtype=maps.dtype, device=maps.device) * patch_size
+    cells = torch.cartesian_prod(side, side)  # (N, 2)
     return (maps * torch.cdist(cells, cells)).sum(-1).mean((1, 3))
 
 
 def rollout(maps):
     """Attention rollout (Abnar and Zuidema 2020): what reaches the class token, (B, 1, n, n)."""
-    identity = torch.eye(maps.shape[-1], device=maps.device)
-    flow = identity
+    flow = identity = torch.eye(maps.shape[-1], device=maps.device)
     for layer in maps.mean(2):
         flow = (layer + identity) / 2 @ flow  # half through attention, half along the residual
     n = math.isqrt(maps.shape[-1])
@@ -225,12 +212,11 @@ def rollout(maps):
 @torch.no_grad()
 def draw(model, dataset, out):
     """The slide "ViT: Visualizing Internals" and rollout; returns the names of the files."""
-    all_ = dict(dim=(1, 2, 3), keepdim=True)
-    stretch = lambda x: (x - x.amin(**all_)) / (x.amax(**all_) - x.amin(**all_))  # lowest 0, highest 1
+    low, high = (lambda x, f=f: f(x, (1, 2, 3), keepdim=True) for f in (torch.amin, torch.amax))
+    stretch = lambda x: (x - low(x)) / (high(x) - low(x))  # each picture from 0 to 1
     weight = model.patch_embed.proj.weight  # (D, 3, P, P)
     components = torch.linalg.svd((weight - weight.mean(0)).flatten(1), full_matrices=False)[2]
-    filters = components[:28].unflatten(1, weight.shape[1:])
-    data.save_png(out / "filters.png", stretch(filters), columns=7)
+    data.save_png(out / "filters.png", stretch(components[:28].unflatten(1, weight.shape[1:])), 7)
     n = model.grid
     table = model.pos_embed[0, -n * n:]
     table = F.normalize(table - table.mean(0), dim=1)
@@ -246,9 +232,6 @@ def draw(model, dataset, out):
     light = F.interpolate(rollout(maps[:, :8]), images.shape[2:], mode="bilinear")
     data.save_png(out / "rollout.png", torch.cat([images, images * light]))
     return ["filters.png", "positions.png", "attention_distance.svg", "rollout.png"]
-
-
-# ----------------------------------------------------------------------------------------- training
 
 
 def parse_args(argv=None):
@@ -267,10 +250,8 @@ def parse_args(argv=None):
 
 def learning_rate(step, args):
     """Linear warm-up, then half a cosine down to zero."""
-    if step < args.warmup:
-        return args.lr * (step + 1) / args.warmup
-    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
-    return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    progress = max(0, step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.lr * min((step + 1) / (args.warmup + 1), 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def parameter_groups(model, args):
@@ -315,14 +296,16 @@ def train(args):
     if args.init:
         model = ViT.from_pretrained(args.init, K, args.image_size)
     elif not args.load:
-        model = ViT(args.image_size, args.patch_size, args.dim, args.depth, args.heads, num_classes=K)
+        model = ViT(args.image_size, args.patch_size, args.dim, args.depth, args.heads,
+                    num_classes=K)
     model.to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=device.type != "mps")
     start, scores = data.resume(args, "vit", model=model, optimizer=optimizer)
 
     def save(step):
-        data.save_checkpoint(out / "checkpoint.pt", script="vit", model=model.state_dict(), ema=None,
-                             optimizer=optimizer.state_dict(), step=step, args=vars(args), scores=scores)
+        data.save_checkpoint(out / "checkpoint.pt", script="vit", model=model.state_dict(),
+                             ema=None, optimizer=optimizer.state_dict(), step=step,
+                             args=vars(args), scores=scores)
 
     loss_function = torch.compile(model.loss) if args.compile else model.loss
     log, steps = data.Log(out / "log.csv", start), data.Steps(args, start, scores)
@@ -338,10 +321,9 @@ def train(args):
             x, y = mix(x, F.one_hot(y, K).float())
         with amp:
             loss, _ = loss_function(x, y, args.label_smoothing)
-        steps.check(step, loss)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        steps.check(step, loss, nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         optimizer.step()
         scores = dict(loss=steps.loss, seconds=steps.seconds(), images_seen=(step + 1) * len(x))
         if step % 10 == 0 or step + 1 == args.steps:
@@ -351,7 +333,8 @@ def train(args):
 
     model.eval()
     if model.head.out_features == K:
-        scores["accuracy"] = accuracy(model, dataset, amp)
+        logits = data.extract(model, dataset, dataset.test_images, amp)
+        scores["accuracy"] = (logits.argmax(1) == dataset.test_labels).float().mean().item()
     untrained = copy.deepcopy(model)
     untrained.init_weights()
     scores |= data.probe_scores(dataset, model.features, untrained.features, amp)

@@ -458,9 +458,13 @@ def test_number():
 
 def test_batch_loss_must_be_finite():
     steps = data.Steps(type("Args", (), dict(steps=3, save_seconds=100)))
-    with pytest.raises(data.UserError, match="the loss is nan at step 1"):
-        for step in steps:
-            steps.check(step, torch.tensor([1.0, math.nan, 1.0][step]))
+    for bad in (math.nan, math.inf):
+        with pytest.raises(data.UserError, match=f"the loss is {bad}, .* at step 1"):
+            for step in steps:
+                steps.check(step, torch.tensor([1.0, bad, 1.0][step]), torch.ones(()))
+        with pytest.raises(data.UserError, match=f"its gradient {bad} at step 2"):
+            for step in steps:
+                steps.check(step, torch.ones(()), torch.tensor([1.0, 1.0, bad][step]))
 
 
 def test_the_sheet(script, tmp_path, pictures):
