@@ -73,14 +73,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=bias)
 
     def forward(self, x, context=None, cache=None, return_weights=False):
-        D = x.shape[-1]
-        if context is None:
-            q, k, v = self.qkv(x).chunk(3, dim=-1)  # each (B, N, D)
-        else:
-            weight, bias = self.qkv.weight, self.qkv.bias
-            q = F.linear(x, weight[:D], None if bias is None else bias[:D])  # (B, N, D)
-            kv = F.linear(context, weight[D:], None if bias is None else bias[D:])
-            k, v = kv.chunk(2, dim=-1)  # each (B, M, D)
+        q, k, v = self.qkv(x).chunk(3, dim=-1)  # each (B, N, D)
+        if context is not None:  # cross-attention: only the queries come from x
+            _, k, v = self.qkv(context).chunk(3, dim=-1)  # each (B, M, D)
         # (B, N or M, D) -> (B, h, N or M, d)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         if cache is not None:
@@ -180,9 +175,8 @@ class PatchEmbed(nn.Module):
 
 
 def sincos_2d(dim, rows, columns=None):
-    """The fixed position table of MAE, I-JEPA and SiT, (rows * columns, D) float32.
-
-    For the patch at (r, c), with w_k = 10000^(-k / (D/4)) and k = 0 .. D/4 - 1:
+    """The fixed position table of MAE, I-JEPA and SiT, (rows * columns, D) float32. For the patch
+    at (r, c), with w_k = 10000^(-k / (D/4)) and k = 0 .. D/4 - 1:
     [sin(c w) | cos(c w) | sin(r w) | cos(r w)]: first half column, second half row.
     """
     if dim % 4:
@@ -194,10 +188,8 @@ def sincos_2d(dim, rows, columns=None):
 
 
 def resize_table(table, rows, columns=None, extra=0, antialias=True):
-    """A position table (1, extra + n*n, D) -> (1, extra + rows*columns, D), bicubic.
-
-    The first `extra` rows (class token) stay. timm uses antialias, the code of MAE does not.
-    """
+    """A position table (1, extra + n*n, D) -> (1, extra + rows*columns, D), bicubic. The first
+    `extra` rows (class token) stay. timm uses antialias, the code of MAE does not."""
     columns, n = columns or rows, math.isqrt(table.shape[1] - extra)
     if (n, n) == (rows, columns):
         return table
@@ -222,9 +214,7 @@ def multiplies_bf16(device, precision):
 
 
 def autocast(device, precision="auto"):
-    """A context for matrix products in bfloat16 where the hardware has it natively, else float32.
-
-    precision: "auto", "bf16" or "fp32". Weights, sums and normalisations stay float32.
-    """
+    """A context in which matrix products are bfloat16: "auto" where the hardware has it natively,
+    "bf16" always, "fp32" never. Weights, sums and normalisations stay float32."""
     kind = torch.device(device).type
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=multiplies_bf16(kind, precision))

@@ -523,6 +523,13 @@ def save_png(path, images, columns=8, gap=2):
                + chunk(b"IEND", b""))
 
 
+def ticks(low, high):
+    """Three to nine round numbers in low..high."""
+    unit = 10.0 ** math.floor(math.log10((high - low) / 3 or 1))
+    step = next(s for s in (5 * unit, 2 * unit, unit) if (high - low) / s >= 3 or s == unit)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
 def save_chart(path, series, xlabel, ylabel, lines=True):
     """An SVG chart of {label: [(x, y), ...]} with axes, ticks, legend; lines=False: points."""
     series = {name: [p for p in xy if all(map(math.isfinite, p))] for name, xy in series.items()}
@@ -536,11 +543,12 @@ def save_chart(path, series, xlabel, ylabel, lines=True):
            '<path d="M70 30V310H510" fill="none" stroke="black"/>',
            text(290, 355, xlabel, 'text-anchor="middle"'),
            text(0, 0, ylabel, 'text-anchor="middle" transform="translate(18 170) rotate(-90)"')]
-    for i in range(6):
-        x, y = (scale(i, 0, 5, min(v), max(v)) for v in (xs, ys))
-        out += [text(px(x), 328, f"{x:.4g}", 'text-anchor="middle"'),
-                text(62, py(y) + 4, f"{y:.3g}", 'text-anchor="end"'),
-                f'<path d="M{px(x):.1f} 310v5M70 {py(y):.1f}h-5" stroke="black"/>']
+    for x in ticks(min(xs), max(xs)):
+        out += [text(px(x), 328, f"{x:.6g}", 'text-anchor="middle"'),
+                f'<path d="M{px(x):.1f} 310v5" stroke="black"/>']
+    for y in ticks(min(ys), max(ys)):
+        out += [text(62, py(y) + 4, f"{y:.6g}", 'text-anchor="end"'),
+                f'<path d="M70 {py(y):.1f}h-5" stroke="black"/>']
     for i, (name, xy) in enumerate(series.items()):
         hue, xy = f"hsl({i * 137 % 360} 65% 42%)", [(px(x), py(y)) for x, y in xy]
         path_ = " ".join(f"{x:.1f},{y:.1f}" for x, y in xy)

@@ -258,7 +258,8 @@ IMAGES, LABELS = np.zeros((20, 8, 8, 3), np.uint8), np.zeros(20, np.int64)
 @pytest.mark.parametrize("arrays", [
     dict(pictures=IMAGES, labels=LABELS), dict(images=IMAGES), dict(images=IMAGES.astype(np.float32), labels=LABELS),
     dict(images=IMAGES[..., :1], labels=LABELS), dict(images=IMAGES[:, :4], labels=LABELS),
-    dict(images=IMAGES[0], labels=LABELS), dict(images=IMAGES, labels=LABELS[:5]), dict(images=IMAGES, labels=LABELS - 1),
+    dict(images=IMAGES[0], labels=LABELS), dict(images=IMAGES, labels=LABELS[:5]),
+    dict(images=IMAGES, labels=LABELS - 1),
     dict(images=IMAGES, labels=LABELS / 2), dict(images=IMAGES[:0], labels=LABELS[:0]),
     dict(images=IMAGES, labels=LABELS + 10**6), dict(images=IMAGES, labels=LABELS, captions=["one"]),
     dict(images=IMAGES, labels=LABELS + 3, class_names=["a"]), dict(images=np.array(["x"] * 20), labels=LABELS),
@@ -273,7 +274,8 @@ def test_bad_npz(tmp_path, arrays):
 
 def test_damaged_npz(pictures, tmp_path):
     whole = pictures.read_bytes()
-    for bad in (b"", b"PK", whole[:100], whole[:-30], b"\x80\x04" + whole, pickle.dumps({}), whole[:5000] + whole[6000:]):
+    for bad in (b"", b"PK", whole[:100], whole[:-30], b"\x80\x04" + whole, pickle.dumps({}),
+                whole[:5000] + whole[6000:]):
         (tmp_path / "bad.npz").write_bytes(bad)
         with pytest.raises(data.UserError, match="bad.npz"):
             data.load(str(tmp_path / "bad.npz"))
@@ -304,7 +306,7 @@ def test_augment_shifts_and_mirrors():
         possible |= {padded[:, y:y + 8, x:x + 8].numpy().tobytes() for y in range(5) for x in range(5)}
     drawn = {picture.numpy().tobytes() for picture in out}
     assert drawn == possible and len(possible) == 50
-    assert {p.numpy().tobytes() for p in data.augment(image.expand(400, 3, 8, 8), 0, False)} == {image.numpy().tobytes()}
+    assert (data.augment(image.expand(400, 3, 8, 8), pad=0, flip=False) == image).all()
 
 
 def test_linear_probe_is_logistic_regression():
@@ -446,12 +448,20 @@ def test_chart(tmp_path):
     assert line == "70.0,216.7 290.0,30.0 510.0,123.3"  # y grows upwards
 
 
+@pytest.mark.parametrize("low, high, expected", [
+    (1, 4, [1, 2, 3, 4]), (12.8, 16.5, [13, 14, 15, 16]), (0, 0, [0]), (-0.3, 0.9, [-0.2, 0, 0.2, 0.4, 0.6, 0.8]),
+    (0, 108800, [0, 20000, 40000, 60000, 80000, 100000])])
+def test_ticks_are_round(low, high, expected):
+    assert data.ticks(low, high) == pytest.approx(expected)
+
+
 # ---------------------------------------------------------------------------------- command line
 
 
 def test_number():
     assert data.number(int, 1)("3") == 3 and data.number(float, 0, 1)("0.5") == 0.5
-    for kind, text in ((int, "2.5"), (int, "0"), (int, "x"), (float, "nan"), (float, "inf"), (float, "-1"), (float, "")):
+    for kind, text in ((int, "2.5"), (int, "0"), (int, "x"), (float, "nan"), (float, "inf"), (float, "-1"),
+                       (float, "")):
         with pytest.raises(data.argparse.ArgumentTypeError, match="number from"):
             data.number(kind, 1)(text)
 

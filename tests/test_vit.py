@@ -102,7 +102,8 @@ def google_arrays(state, heads, prefix="", pre_logits=False):
     for i in range(sum(k.endswith("norm1.bias") for k in state)):
         block = f"Transformer/encoderblock_{i}/"
         flax |= {f"blocks.{i}.norm1": block + "LayerNorm_0", f"blocks.{i}.norm2": block + "LayerNorm_2",
-                 f"blocks.{i}.mlp.fc1": block + "MlpBlock_3/Dense_0", f"blocks.{i}.mlp.fc2": block + "MlpBlock_3/Dense_1"}
+                 f"blocks.{i}.mlp.fc1": block + "MlpBlock_3/Dense_0",
+                 f"blocks.{i}.mlp.fc2": block + "MlpBlock_3/Dense_1"}
         attention, weight = block + "MultiHeadDotProductAttention_1/", state[f"blocks.{i}.attn.qkv.weight"]
         for n, name in enumerate(("query", "key", "value")):
             part = slice(n * dim, (n + 1) * dim)
@@ -175,9 +176,10 @@ def test_own_checkpoints(tmp_path):
 
 @pytest.mark.parametrize("spoil", [
     lambda s: s.pop("norm.bias"), lambda s: s.update(extra=torch.ones(1)), lambda s: s.pop("patch_embed.proj.weight"),
-    lambda s: s.update(pos_embed=torch.ones(1, 12, 64)), lambda s: s.update(cls_token=torch.ones(64)), lambda s: s.clear(),
+    lambda s: s.update(pos_embed=torch.ones(1, 12, 64)), lambda s: s.update(cls_token=torch.ones(64)),
+    lambda s: s.clear(), lambda s: s.update(register_tokens=torch.ones(1, 4, 64)),
     lambda s: s.update({"fc_norm.weight": s.pop("norm.weight")}), lambda s: s.update({"blocks.x.y": torch.ones(1)}),
-    lambda s: s.update({"patch_embed.proj.weight": torch.ones(64, 3)}), lambda s: s.update(register_tokens=torch.ones(1, 4, 64))])
+    lambda s: s.update({"patch_embed.proj.weight": torch.ones(64, 3)})])
 def test_other_files_are_refused(tmp_path, spoil):
     state = random_state()
     spoil(state)
@@ -268,7 +270,8 @@ def test_the_command_learns_draws_and_scores(script, pictures, tmp_path):
     for file in re.search(r"^wrote (.*)$", done.stdout, re.M)[1].split():
         assert (ROOT / file).stat().st_size > 100
     rows = list(csv.DictReader(open(tmp_path / "a" / "log.csv")))
-    assert [int(row["step"]) for row in rows] == [0, 10, 20, 30, 39] and float(rows[-1]["loss"]) < float(rows[0]["loss"])
+    assert [int(row["step"]) for row in rows] == [0, 10, 20, 30, 39]
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
     checkpoint = data.load_checkpoint(tmp_path / "a" / "checkpoint.pt", "vit")
     assert set(checkpoint) == {"script", "model", "ema", "optimizer", "step", "args", "scores"}
     assert checkpoint["step"] == 40 and checkpoint["scores"]["accuracy"] == 1
