@@ -669,7 +669,7 @@ class Steps:
             signal.signal(signal.SIGINT, before)
 
     def check(self, step, loss, norm):
-        """Ends the run if the loss or the gradient's norm is not finite: weights stay as they are."""
+        """Ends the run if the loss or its gradient is not finite; the weights stay as they are."""
         self.loss, norm = loss.item(), norm.item()
         if not math.isfinite(self.loss + norm):
             raise UserError(f"the loss is {self.loss:g}, the norm of its gradient {norm:g} at step "
