@@ -527,7 +527,8 @@ def ticks(low, high):
     """Three to nine round numbers in low..high."""
     unit = 10.0 ** math.floor(math.log10((high - low) / 3 or 1))
     step = next(s for s in (5 * unit, 2 * unit, unit) if (high - low) / s >= 3 or s == unit)
-    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
 
 
 def save_chart(path, series, xlabel, ylabel, lines=True):

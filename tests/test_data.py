@@ -214,6 +214,7 @@ def test_download_that_stalls(server, tmp_path, monkeypatch):
     {"set/a.bin": link("set/a.bin", tarfile.SYMTYPE, "/etc/passwd"), "set/b.txt": b""},
     {"set/a.bin": link("set/a.bin", tarfile.LNKTYPE, "../../x"), "set/b.txt": b""},
     {"set/a.bin": link("set/a.bin", tarfile.DIRTYPE, ""), "set/b.txt": b""},
+    {"set/a.bin": b"12345", "set/b.txt": link("set/b.txt", tarfile.SYMTYPE, "a.bin")},
     {"set/a.bin": b"1234", "set/b.txt": b""},
     {"other/a.bin": b"12345", "../set/a.bin": b"12345", "set/b.txt": b""},
 ])
@@ -330,7 +331,7 @@ def test_knn_votes():
     y = torch.tensor([0, 0, 1, 1])
     assert data.knn(x, y, 5 * x, y, k=2) == 1
     assert data.knn(x, y, x, 1 - y, k=1) == 0
-    assert data.knn(x, y, x[:1], torch.tensor([0]), k=4) == 1  # the nearer ones weigh more
+    assert data.knn(x, y, x[2:3], torch.tensor([1]), k=4) == 1  # the nearer ones weigh more
 
 
 def test_small_cnn_learns_and_is_cached(pictures, tmp_path, monkeypatch):
@@ -348,6 +349,7 @@ def test_small_cnn_learns_and_is_cached(pictures, tmp_path, monkeypatch):
 
 def test_checkpoint_round_trip(tmp_path):
     path = tmp_path / "deep" / "c.pt"
+    data.save_checkpoint(path, script="mae")
     data.save_checkpoint(path, script="vit", model={"w": torch.ones(2)}, args={"lr": 0.1})
     content = data.load_checkpoint(path, "vit")
     assert (content["model"]["w"] == 1).all() and content["args"] == {"lr": 0.1}
