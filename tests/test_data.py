@@ -280,6 +280,9 @@ def test_damaged_npz(pictures, tmp_path):
         (tmp_path / "bad.npz").write_bytes(bad)
         with pytest.raises(data.UserError, match="bad.npz"):
             data.load(str(tmp_path / "bad.npz"))
+    np.savez(tmp_path / "bad.npz", images=np.array([Bomb()], dtype=object), labels=LABELS)
+    with pytest.raises(data.UserError, match="bad.npz"):  # and its code does not run
+        data.load(str(tmp_path / "bad.npz"))
     for missing in (tmp_path / "none.npz", tmp_path):
         with pytest.raises(data.UserError):
             data.load(str(missing))
