@@ -387,7 +387,8 @@ def test_bad_checkpoints(tmp_path):
     torch.save({"model": {"w": torch.randn(100)}, "step": 3}, good)
     whole = good.read_bytes()
     cut = [whole[:n] for n in (0, 1, 4, 50, len(whole) // 2, len(whole) - 1)]
-    for content in [*cut, b"hello", pickle.dumps(Bomb()), pickle.dumps([1, 2])]:
+    for content in [*cut, b"hello", pickle.dumps(Bomb(), protocol=2),
+                    pickle.dumps([1, 2], protocol=2)]:
         bad.write_bytes(content)
         with pytest.raises(data.UserError, match="bad.pt: not a whole") as error:
             data.load_checkpoint(bad)

@@ -227,8 +227,8 @@ def test_pictures_of_attention():
     uniform = torch.full((1, 1, 1, 5, 5), 0.2)  # 2 x 2 patches of 8 pixels: 0, 8, 8 and 8 sqrt 2 away
     assert vit.attention_distance(uniform, 8).item() == pytest.approx((16 + 8 * math.sqrt(2)) / 4)
     only = torch.zeros(2, 1, 1, 5, 5)
-    only[:, :, :, :, 3] = 1  # everybody looks at the third patch
-    assert vit.rollout(only)[0, 0].tolist() == [[0, 0], [1, 0]]
+    only[0, :, :, :, 3] = only[1, :, :, :, 1] = 1  # all look at the third patch, then at the first
+    assert vit.rollout(only)[0, 0].tolist() == [[0.5, 0], [1, 0]]
 
 
 def test_layer_decay_and_weight_decay():
