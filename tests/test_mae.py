@@ -1,0 +1,297 @@
+"""mae.py: parameter counts, the authors' files, its maths written another way, and the real command."""
+
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+import data
+import mae
+from common import sincos_2d
+from mae import MAE
+from vit import ViT
+
+
+@pytest.mark.parametrize("size, encoder, decoder, trainable", [  # 224 pixels; T: 32
+    ("B", 85_798_656, 26_109_184, 111_655_680), ("L", 303_301_632, 26_240_256, 329_239_296),
+    ("H", 630_764_800, 26_309_708, 656_613_964)])
+def test_parameter_counts(monkeypatch, size, encoder, decoder, trainable):
+    monkeypatch.setattr(MAE, "init_weights", lambda self: None)
+    with torch.device("meta"):
+        model = MAE(224, **mae.SIZES[size])
+    in_decoder = lambda name: name.startswith(("decoder_", "mask_token"))
+    assert sum(p.numel() for n, p in model.named_parameters() if not in_decoder(n)) == encoder
+    assert sum(p.numel() for n, p in model.named_parameters() if in_decoder(n)) == decoder
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trainable
+
+
+def test_size_t():
+    """The well-known ViT-T for CIFAR has 7,212,684 parameters; it lacks a few that the paper's form has."""
+    lacks = (12 + 4) * 3 * 192 + (192 * 192 + 192) + 2 * 192 + 192  # q k v biases, decoder_embed and _norm, a table row
+    assert sum(p.numel() for p in MAE(32, **mae.SIZES["T"]).parameters()) == 7_212_684 + lacks
+
+
+# ------------------------------------------------------------------------------------ the authors' files
+
+
+def random_file(dim=64, depth=2, decoder=32, decoder_depth=1, patch=4, n=4):
+    """{"model": ...} as the authors write it, with random numbers in every tensor, tables included."""
+    torch.manual_seed(0)
+
+    def block(name, D):
+        shapes = {"norm1.weight": (D,), "norm1.bias": (D,), "attn.qkv.weight": (3 * D, D), "attn.qkv.bias": (3 * D,),
+                  "attn.proj.weight": (D, D), "attn.proj.bias": (D,), "norm2.weight": (D,), "norm2.bias": (D,),
+                  "mlp.fc1.weight": (4 * D, D), "mlp.fc1.bias": (4 * D,), "mlp.fc2.weight": (D, 4 * D),
+                  "mlp.fc2.bias": (D,)}
+        return {f"{name}.{k}": v for k, v in shapes.items()}
+
+    shapes = {"cls_token": (1, 1, dim), "pos_embed": (1, 1 + n * n, dim), "norm.weight": (dim,), "norm.bias": (dim,),
+              "patch_embed.proj.weight": (dim, 3, patch, patch), "patch_embed.proj.bias": (dim,)}
+    for i in range(depth):
+        shapes |= block(f"blocks.{i}", dim)
+    if decoder_depth:
+        shapes |= {"mask_token": (1, 1, decoder), "decoder_pos_embed": (1, 1 + n * n, decoder),
+                   "decoder_embed.weight": (decoder, dim), "decoder_embed.bias": (decoder,),
+                   "decoder_norm.weight": (decoder,), "decoder_norm.bias": (decoder,),
+                   "decoder_pred.weight": (3 * patch**2, decoder), "decoder_pred.bias": (3 * patch**2,)}
+    for i in range(decoder_depth):
+        shapes |= block(f"decoder_blocks.{i}", decoder)
+    return {"model": {name: 0.3 * torch.randn(shape) for name, shape in shapes.items()}}
+
+
+def reference(file, images, noise, mask_ratio, norm_pix, heads=1, decoder_heads=16, P=4):
+    """MAE as a loop over single pictures and patches, from a file's tensors, in float64."""
+    s = {k: v.double() for k, v in file["model"].items()}
+    linear = lambda x, name: F.linear(x, s[name + ".weight"], s[name + ".bias"])
+    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], s[name + ".weight"], s[name + ".bias"], 1e-6)
+
+    def blocks(x, prefix, heads):
+        for i in range(sum(k.startswith(prefix) and k.endswith("norm1.bias") for k in s)):
+            b = f"{prefix}{i}."
+            q, k, v = linear(norm(x, b + "norm1"), b + "attn.qkv").reshape(len(x), 3, heads, -1).permute(1, 2, 0, 3)
+            x = x + linear(F.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1), b + "attn.proj")
+            x = x + linear(F.gelu(linear(norm(x, b + "norm2"), b + "mlp.fc1")), b + "mlp.fc2")
+        return x
+
+    losses, preds, masks = [], [], []
+    for image, numbers in zip(images, noise):
+        n = math.isqrt(len(numbers))
+        squares = [image[:, r * P:(r + 1) * P, c * P:(c + 1) * P] for r in range(n) for c in range(n)]
+        embedded = F.conv2d(image, s["patch_embed.proj.weight"], s["patch_embed.proj.bias"], stride=P).flatten(1).T
+        embedded = embedded + s["pos_embed"][0, 1:]
+        shown = sorted(range(n * n), key=lambda i: numbers[i])[:int(n * n * (1 - mask_ratio))]
+        x = torch.cat([s["cls_token"][0] + s["pos_embed"][0, :1], embedded[shown]])
+        x = linear(norm(blocks(x, "blocks.", heads), "norm"), "decoder_embed")
+        full = s["mask_token"][0].repeat(1 + n * n, 1)
+        full[0], full[[1 + i for i in shown]] = x[0], x[1:]
+        pred = linear(norm(blocks(full + s["decoder_pos_embed"][0], "decoder_blocks.", decoder_heads), "decoder_norm"),
+                      "decoder_pred")[1:]
+        error = []
+        for i in set(range(n * n)) - set(shown):
+            target = squares[i].permute(1, 2, 0).flatten()
+            if norm_pix:
+                target = (target - target.mean()) / (target.var(unbiased=True) + 1e-6).sqrt()
+            error.append(((pred[i] - target) ** 2).mean())
+        losses.append(sum(error) / len(error)), preds.append(pred)
+        masks.append(torch.tensor([0.0 if i in shown else 1.0 for i in range(n * n)]))
+    return sum(losses) / len(losses), torch.stack(preds), torch.stack(masks)
+
+
+G = torch.Generator().manual_seed(1)
+IMAGES, NOISE = torch.randn(3, 3, 16, 16, generator=G, dtype=torch.float64), torch.rand(3, 16, generator=G)
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+@pytest.mark.parametrize("mask_ratio", [0.75, 0.4])
+def test_full_file(tmp_path, norm_pix, mask_ratio):
+    file = random_file()
+    torch.save(file, tmp_path / "full.pth")
+    model = MAE.from_pretrained(tmp_path / "full.pth", norm_pix)
+    expected = reference(file, IMAGES, NOISE, mask_ratio, norm_pix)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-9)):
+        loss, pred, mask = model.to(dtype)(IMAGES.to(dtype), mask_ratio, NOISE)
+        assert (mask == expected[2]).all() and abs(loss - expected[0]) < tolerance * expected[0]
+        assert (pred - expected[1]).abs().max() < tolerance * expected[1].abs().max()
+
+
+def test_encoder_only_file(tmp_path):
+    file = random_file(decoder_depth=0)
+    torch.save(file, tmp_path / "encoder.pth")
+    model = MAE.from_pretrained(tmp_path / "encoder.pth").double()
+    vit = ViT.from_pretrained(tmp_path / "encoder.pth").double()
+    assert (model.features(IMAGES, "cls") - vit.features(IMAGES)).abs().max() < 1e-12
+    assert (model.features(IMAGES) - vit.tokens(IMAGES)[:, 1:].mean(1)).abs().max() < 1e-12
+    with pytest.raises(data.UserError, match="mae_visualize_vit"):
+        model(IMAGES)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda s: s.pop("decoder_pred.bias"), lambda s: s.pop("norm.bias"), lambda s: s.pop("mask_token"),
+    lambda s: s.update(extra=torch.ones(1)), lambda s: s.clear(), lambda s: s.update(pos_embed=torch.ones(1, 9, 64)),
+    lambda s: s.update({"head.weight": torch.ones(2, 64)}), lambda s: s.pop("decoder_blocks.0.norm1.bias")])
+def test_other_files_are_refused(tmp_path, spoil):
+    file = random_file()
+    spoil(file["model"])
+    torch.save(file, tmp_path / "x.pth")
+    with pytest.raises(data.UserError, match="x.pth: does not hold a masked autoencoder") as error:
+        MAE.from_pretrained(tmp_path / "x.pth")
+    assert "\n" not in str(error.value)
+
+
+# -------------------------------------------------------------------------------------------- properties
+
+
+def small(**more):
+    torch.manual_seed(0)
+    return MAE(16, 4, 32, 2, 2, decoder_dim=16, decoder_depth=1, decoder_heads=2, **more).double()
+
+
+def test_init_is_the_authors():
+    model = small()
+    assert (model.pos_embed[0, 1:] == sincos_2d(32, 4)).all() and (model.pos_embed[0, 0] == 0).all()
+    assert not model.pos_embed.requires_grad and not model.decoder_pos_embed.requires_grad
+    bound = lambda a, b: math.sqrt(6 / (a + b))
+    for weight, limit in ((model.blocks[0].attn.qkv.weight, bound(32, 96)), (model.decoder_pred.weight, bound(16, 48)),
+                          (model.patch_embed.proj.weight, bound(48, 32))):
+        assert 0.95 * limit < weight.abs().max() <= limit
+    assert (model.blocks[0].mlp.fc1.bias == 0).all() and (model.patch_embed.proj.bias != 0).all()
+    assert 0.01 < model.cls_token.std() < 0.03
+
+
+def test_the_encoder_is_blind_to_hidden_patches_and_the_loss_to_shown_ones():
+    model, images = small(), IMAGES.clone()
+    loss, pred, mask = model(images, 0.75, NOISE)
+    assert mask.sum(1).tolist() == [12, 12, 12] and pred.shape == (3, 16, 48)
+    square = lambda i: (slice(None), slice(None), slice(i // 4 * 4, i // 4 * 4 + 4), slice(i % 4 * 4, i % 4 * 4 + 4))
+    hidden = next(i for i in range(16) if mask[0, i] == 1)
+    shown = next(i for i in range(16) if mask[0, i] == 0)
+    changed = images.clone()
+    changed[0][square(hidden)[1:]] += 5
+    other_loss, other, _ = model(changed, 0.75, NOISE)
+    assert (other == pred).all() and other_loss != loss  # what is hidden is the target, never the input
+    changed = images.clone()
+    changed[0][square(shown)[1:]] += 5
+    assert (model(changed, 0.75, NOISE)[1][0] != pred[0]).any()
+    gradient, = torch.autograd.grad(loss, pred)
+    assert ((gradient != 0).any(-1) == (mask == 1)).all()
+
+
+def test_random_masks_are_fair():
+    torch.manual_seed(0)
+    model = small()
+    share = torch.stack([model(IMAGES)[2] for _ in range(300)]).mean((0, 1))
+    assert (share - 0.75).abs().max() < 0.08
+
+
+@pytest.mark.parametrize("masking", ["random", "block", "grid"])
+def test_maskings(masking):
+    torch.manual_seed(0)
+    noise = mae.mask_noise(masking, 50, 8, 0.75, "cpu")
+    hidden = (noise.argsort(1).argsort(1) >= 16).reshape(50, 8, 8)
+    neighbours = (hidden[:, :, 1:] == hidden[:, :, :-1]).float().mean()
+    assert noise.shape == (50, 64) and (hidden.sum((1, 2)) == 48).all()
+    assert len(hidden.unique(dim=0)) == (1 if masking == "grid" else 50)
+    low, high = {"random": (0.55, 0.7), "block": (0.75, 0.95), "grid": (0.45, 0.55)}[masking]
+    assert low < neighbours < high
+    if masking == "grid":
+        assert not hidden[:, ::2, ::2].any()
+
+
+def test_the_ablation_feeds_mask_tokens_to_the_encoder():
+    model = small(encoder_sees_masks=True)
+    lengths = []
+    model.blocks[0].register_forward_hook(lambda module, inputs, out: lengths.append(out.shape[1]))
+    loss, pred, mask = model(IMAGES, 0.75, NOISE)
+    assert lengths == [17]
+    changed = IMAGES + 5 * mask.reshape(3, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    assert (model(changed, 0.75, NOISE)[1] == pred).all()  # and still it does not see hidden patches
+    small()(IMAGES, 0.75, NOISE)
+
+
+def test_it_overfits_eight_pictures():
+    torch.manual_seed(0)
+    model = MAE(16, 4, 64, 2, 2, decoder_dim=32, decoder_heads=2)
+    images = torch.randn(8, 3, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    noise, optimizer = torch.rand(8, 16), torch.optim.AdamW(model.parameters(), 5e-3)
+    for _ in range(150):
+        loss, _, _ = model(images, 0.75, noise)
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    assert loss < 0.1  # from 1, the variance of the pixels
+
+
+# ---------------------------------------------------------------------------------------- the real command
+
+
+SMALL = ["--dim", 16, "--depth", 2, "--heads", 2, "--decoder-dim", 8, "--decoder-depth", 1, "--decoder-heads", 2,
+         "--batch-size", 16, "--save-seconds", 0, "--device", "cpu"]
+
+
+def test_the_command_learns_draws_and_scores(script, pictures, tmp_path):
+    words = ["mae.py", "--data", pictures, *SMALL, "--out", tmp_path / "a"]
+    done = script(*words, "--steps", 30, "--warmup", 5, "--lr", 0.003, "--norm-pix", "--masking", "block")
+    assert done.returncode == 0, done.stderr
+    scores = dict(re.findall(r"^ +(\w+)  (\S+)$", done.stdout, re.M))
+    assert scores["images_seen"] == "480" and "come from the original" in done.stdout
+    assert {"loss", "seconds", "probe", "probe_cls", "probe_random", "probe_pixels", "knn"} <= set(scores)
+    for file in re.search(r"^wrote (.*)$", done.stdout, re.M)[1].split():
+        assert (ROOT / file).stat().st_size > 100
+    path = tmp_path / "a" / "checkpoint.pt"
+    checkpoint = data.load_checkpoint(path, "mae")
+    assert set(checkpoint) == {"script", "model", "ema", "optimizer", "step", "args", "scores"}
+    model = MAE.from_pretrained(path)
+    assert model.norm_pix and model.blocks[0].attn.heads == 2
+
+    done = script("mae.py", "--data", pictures, "--load", path, "--out", tmp_path / "b")
+    again = dict(re.findall(r"^ +(\w+)  (\S+)$", done.stdout, re.M))
+    assert done.returncode == 0 and again["probe"] == scores["probe"]
+    done = script("vit.py", "--data", pictures, "--init", path, "--steps", 2, "--out", tmp_path / "c")
+    assert done.returncode == 0, done.stderr
+    tuned = data.load_checkpoint(tmp_path / "c" / "checkpoint.pt")["model"]
+    assert (tuned["blocks.1.mlp.fc1.weight"] - checkpoint["model"]["blocks.1.mlp.fc1.weight"]).abs().max() < 1e-3
+
+
+def test_killed_and_resumed_is_the_same_run(script, pictures, tmp_path):
+    words = ["mae.py", "--data", pictures, *SMALL, "--steps", 60, "--precision", "fp32"]
+    assert script(*words, "--out", tmp_path / "whole").returncode == 0
+    command = [sys.executable, *map(str, words), "--out", str(tmp_path / "cut"), "--resume"]
+    for how in (signal.SIGKILL, signal.SIGINT):
+        run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        path = tmp_path / "cut" / "checkpoint.pt"
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        while run.poll() is None and not (path.exists() and path.stat().st_mtime_ns > before):
+            time.sleep(0.01)
+        run.send_signal(how)
+        run.communicate()
+    assert script("mae.py", "--out", tmp_path / "cut", "--resume").returncode == 0
+    whole, cut = (data.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut"))
+    assert all((whole["model"][k] == cut["model"][k]).all() for k in whole["model"])
+    assert (tmp_path / "whole/log.csv").read_text() == (tmp_path / "cut/log.csv").read_text()
+    seconds = [c["scores"].pop("seconds") for c in (whole, cut)]
+    assert whole["scores"] == cut["scores"] and min(seconds) > 0
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--patch-size", 5], "--patch-size 5 does not divide the pictures' side 16"),
+    (["--decoder-heads", 3], "divisible by --decoder-heads 3"),
+    (["--mask-ratio", 1], "argument --mask-ratio: '1' is not a number from 0.01 to 0.99"),
+    (["--mask-ratio", 0.99], "--mask-ratio 0.99 shows 0 of 16 patches"),
+    (["--mask-ratio", 0.01, "--patch-size", 16], "--mask-ratio 0.01 shows 0 of 1 patches"),
+    (["--masking", "diagonal"], "invalid choice: 'diagonal'"),
+    (["--load", "data.py"], "data.py: not a whole PyTorch file"),
+])
+def test_mistakes_end_in_one_line(script, pictures, tmp_path, words, message):
+    done = script("mae.py", "--data", pictures, *SMALL, "--out", tmp_path, *words)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def test_help_explains_every_option(script):
+    done = script("mae.py", "--help")
+    assert done.returncode == 0 and done.stdout.count("(default:") == len(vars(mae.parse_args([])))
