@@ -2,7 +2,7 @@
 
 Shape letters, here and in every script: B pictures, N tokens, D width, h heads, d = D / h the width
 of a head, P patch side, K classes. Pictures are (B, 3, H, W), sequences (B, N, D): a token is a row
-here and a column on the slides. Every class works when it is pasted alone into a notebook.
+here and a column on the slides. A class pasted into a notebook needs only those above it.
 """
 
 import functools
@@ -215,6 +215,6 @@ def multiplies_bf16(device, precision):
 
 def autocast(device, precision="auto"):
     """A context in which matrix products are bfloat16: "auto" where the hardware has it natively,
-    "bf16" always, "fp32" never. Weights, sums and normalisations stay float32."""
+    "bf16" always, "fp32" never. Weights, residual sums and LayerNorms stay float32."""
     kind = torch.device(device).type
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=multiplies_bf16(kind, precision))

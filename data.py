@@ -11,9 +11,12 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import html
+import io
 import math
 import os
 import pathlib
+import pickle
 import signal
 import struct
 import sys
@@ -43,8 +46,9 @@ def refuse(message):
     except UserError:
         raise
     except Exception as error:  # corrupt bytes can raise nearly anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise UserError(f"{message} ({reason})") from None
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        lines = lines[1:2] if lines and lines[0].endswith(":") else lines[:1]  # a heading or a line
+        raise UserError(f"{message} ({' '.join(lines)[:150] or type(error).__name__})") from None
 
 
 # ---------------------------------------------------------------------------------------- data sets
@@ -69,7 +73,8 @@ class Data:
 
     def __post_init__(self):
         self.image_size = self.train_images.shape[-1]
-        pixels = self.train_images[:10000].transpose(0, 1).flatten(1).float() / 255  # (3, n H H)
+        some = self.train_images[:10_240_000 // self.image_size**2]  # 10,000 of 32 x 32
+        pixels = some.transpose(0, 1).flatten(1).float() / 255  # (3, n H H)
         self.mean, self.std = pixels.mean(1), pixels.std(1).clamp(min=1e-3)
 
     def to(self, device):
@@ -98,7 +103,7 @@ def load(name="shapes", root="datasets", seed=0, image_size=None):
     elif name in CIFAR:
         data = cifar(name, root, seed)
     elif str(name).endswith(".npz"):
-        data = npz(pathlib.Path(name), seed)
+        data = npz(pathlib.Path(name))
     else:
         raise UserError(f"--data {name}: choose shapes, cifar10, cifar100 or a path ending in .npz")
     data.root = root
@@ -270,16 +275,17 @@ def download(url, md5, root, folder, members):
                 new.rename(root / folder)
 
 
-def npz(path, seed):
+def npz(path):
     """Your own pictures: `images` uint8 (N, H, H, 3), `labels` (N,) whole numbers from 0; optional
-    `captions` (N,) and `class_names` (K,). A tenth, drawn from the seed, is the test set."""
+    `captions` (N,) and `class_names` (K,). A tenth is the test set, the same one for any seed."""
     with refuse(f"{path}: not a readable .npz without pickled objects"):
         with np.load(path, allow_pickle=False) as file:
-            held = {key: file[key] for key in file}
+            held = {key: np.atleast_1d(file[key]) for key in file}
     images, labels = held.get("images", np.empty(0)), held.get("labels", np.empty(0))
     n, *side = images.shape
-    if (images.dtype != np.uint8 or side != side[:1] * 2 + [3] or labels.shape != (n,) or n < 20
-            or labels.dtype.kind not in "iu" or not 0 <= labels.min() <= labels.max() < 10000):
+    if (images.dtype != np.uint8 or not images.size or side != side[:1] * 2 + [3] or n < 20
+            or labels.shape != (n,) or labels.dtype.kind not in "iu"
+            or not 0 <= labels.min() <= labels.max() < 10000):
         found = ", ".join(f"{key} {array.dtype} {array.shape}" for key, array in held.items())
         raise UserError(f"{path}: needs images uint8 (N, H, H, 3) and labels (N,) from 0 to 9999, "
                         f"N >= 20; it holds {found}")
@@ -290,11 +296,11 @@ def npz(path, seed):
                         f"{n} pictures with labels up to {labels.max()}")
     if "captions" not in held:
         captions = [f"a photo of a {names[k]}." for k in labels]
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     parts = []
     for i in order.split([len(order) - len(order) // 10, len(order) // 10]):
         parts += [torch.from_numpy(images[i]).permute(0, 3, 1, 2).contiguous(),
-                  torch.from_numpy(labels[i]).long(), [str(captions[j]) for j in i]]
+                  torch.from_numpy(labels[i].astype(np.int64)), [str(captions[j]) for j in i]]
     return Data(path.stem, names, *parts)
 
 
@@ -319,6 +325,7 @@ def augment(images, pad=4, flip=True):
     uint8 (B, 3, H, H) -> the same, with random numbers from the pictures' device.
     """
     B, _, H, W = images.shape
+    pad = min(pad, H - 1, W - 1)
     draw = lambda n: torch.randint(n, (B, 1), device=images.device)
     inward = lambda i, n: n - 1 - (n - 1 - i.abs()).abs()  # reflect at the first and the last pixel
     rows = inward(draw(2 * pad + 1) - pad + torch.arange(H, device=images.device), H)  # (B, H)
@@ -326,6 +333,24 @@ def augment(images, pad=4, flip=True):
     columns = torch.where(draw(2) == 1, columns.flip(1), columns) if flip else columns
     one = torch.arange(B, device=images.device)[:, None, None]
     return images[one, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def mix(images, targets):
+    """Mixup or cutmix with the reversed batch, then random erasing of a square: the stronger
+    augmentation. images (B, 3, H, W) float, targets (B, K) probabilities -> the same, mixed."""
+    B, _, H, W = images.shape
+    keep = torch.rand(()).item()
+    if torch.rand(()) < 0.5:
+        mixed = keep * images + (1 - keep) * images.flip(0)
+    else:
+        h, w = round(H * math.sqrt(1 - keep)), round(W * math.sqrt(1 - keep))
+        y, x = torch.randint(H - h + 1, ()), torch.randint(W - w + 1, ())
+        mixed, keep = images.clone(), 1 - h * w / (H * W)
+        mixed[:, :, y:y + h, x:x + w] = images.flip(0)[:, :, y:y + h, x:x + w]
+    for i in (torch.rand(B) < 0.25).nonzero()[:, 0]:
+        y, x = torch.randint(H - H // 4 + 1, (2,))
+        mixed[i, :, y:y + H // 4, x:x + W // 4] = torch.randn(3, 1, 1).to(images)
+    return mixed, keep * targets + (1 - keep) * targets.flip(0)
 
 
 # --------------------------------------------------------------------------------------- yardsticks
@@ -385,9 +410,11 @@ def knn(train_x, train_y, test_x, test_y, k=20):
 
 def probe_scores(data, features, random_features, amp):
     """The scores that all six scripts report: probe, knn, and the probe's two baselines."""
+    side = min(32, data.image_size)  # of larger pictures, pixels are a coarse copy
+    pixels = lambda x: (F.adaptive_avg_pool2d(x, side) if side < x.shape[2] else x).flatten(1)
     y, test_y, scores = data.train_labels, data.test_labels, {}
     for key, f in (("probe", features), ("probe_random", random_features), ("probe_pixels", None)):
-        x, test_x = (extract(f, data, i, amp) if f else i.flatten(1).float()
+        x, test_x = (extract(f or pixels, data, i, amp)
                      for i in (data.train_images, data.test_images))
         scores[key] = linear_probe(x, y, test_x, test_y)
         if key == "probe":
@@ -416,8 +443,9 @@ class SmallCNN(nn.Module):
 
 def train_cnn(data, seed=0, steps=200, batch_size=128):
     """A SmallCNN trained on the labels, in eval mode; kept in the data folder for the next call."""
-    print_of = hashlib.md5(data.train_images.cpu().numpy().tobytes()).hexdigest()[:12]
-    path = data.root / f"cnn-{print_of}-{seed}-{steps}.pt"
+    content = [t.cpu().numpy().tobytes() for t in (data.train_images, data.train_labels)]
+    content.append(repr((data.class_names, seed, steps, batch_size)).encode())
+    path = data.root / f"cnn-{hashlib.md5(b''.join(content)).hexdigest()[:16]}.pt"
     torch.manual_seed(seed)
     device, layout = data.train_images.device, torch.channels_last  # the faster one on a CPU
     cnn = SmallCNN(len(data.class_names)).to(device, memory_format=layout)
@@ -439,22 +467,19 @@ def train_cnn(data, seed=0, steps=200, batch_size=128):
 
 
 def save_checkpoint(path, **content):
-    """State dicts and plain values, through a part file: the last good one is never damaged."""
-    path = pathlib.Path(path)
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
-    with refuse(f"cannot write {path}"):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(content, part)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+    """State dicts and plain values, whole or not at all: the last good one is never damaged."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_file(path, buffer.getbuffer())
 
 
 def load_checkpoint(path, script=None):
     """A file of tensors and plain values -> dict; code in it never runs. `script`: who wrote it."""
     with refuse(f"{path}: not a whole PyTorch file of plain tensors"):
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            raise ValueError("it is damaged, or holds objects other than tensors") from None
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
     if script and content.get("script") != script:
@@ -467,6 +492,7 @@ def resume(args, script, **parts):
     """With --resume, fills the parts (model, optimizer, ...) from --out; -> step, scores."""
     path = pathlib.Path(args.out) / "checkpoint.pt"
     if not args.resume or not path.exists():
+        print(f"no checkpoint in {args.out} yet: this run starts anew") if args.resume else None
         return 0, {}
     checkpoint = load_checkpoint(path, script)
     with refuse(f"{path}: does not fit these options"):
@@ -475,31 +501,28 @@ def resume(args, script, **parts):
         return checkpoint["step"], checkpoint["scores"]
 
 
-class Log:
-    """log.csv, written line by line. Opened for step `start`, it drops the lines from there on."""
-
-    def __init__(self, path, start=0):
-        self.path, self.lines = pathlib.Path(path), []
-        with refuse(f"cannot write {path}"):
-            if start and self.path.exists():
-                head, *rest = self.path.read_text().splitlines()
-                self.lines = [head] + [row for row in rest if int(row.split(",")[0]) < start]
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("".join(line + "\n" for line in self.lines))
-
-    def write(self, step, **numbers):
-        """Numbers may be tensors of one element."""
-        rows = [] if self.lines else [",".join(["step", *numbers])]
-        rows.append(",".join([str(step), *(f"{float(v):.9g}" for v in numbers.values())]))
-        self.lines += rows
-        with refuse(f"cannot write {self.path}"), open(self.path, "a") as file:
-            file.write("".join(row + "\n" for row in rows))
+def log(path, step, **numbers):
+    """A line of log.csv, numbers or tensors of one element. Lines from this step on, those of an
+    earlier run or of one that was killed after its last checkpoint, make room for it."""
+    with refuse(f"cannot write {path}"):
+        rows = path.read_text().splitlines()[1:] if path.exists() else []
+        rows = [row for row in rows if int(row.split(",")[0]) < step]
+        new = ",".join([str(step), *(f"{float(v):.9g}" for v in numbers.values())])
+        lines = [",".join(["step", *numbers]), *rows, new]
+        write_file(path, "".join(line + "\n" for line in lines).encode())
 
 
 def write_file(path, content):
+    """Bytes, through a part file: a reader or a kill never meets half of them."""
+    path = pathlib.Path(path)
+    part = path.with_name(f"{path.name}.part-{os.getpid()}")
     with refuse(f"cannot write {path}"):
-        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-        pathlib.Path(path).write_bytes(content)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(content)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def save_png(path, images, columns=8, gap=2):
@@ -524,11 +547,11 @@ def save_png(path, images, columns=8, gap=2):
 
 
 def ticks(low, high):
-    """Three to nine round numbers in low..high."""
+    """Some round numbers in low..high."""
     unit = 10.0 ** math.floor(math.log10((high - low) / 3 or 1))
     step = next(s for s in (5 * unit, 2 * unit, unit) if (high - low) / s >= 3 or s == unit)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [i * step for i in range(first, last + 1)]
+    return [i * step for i in range(first, last + 1)] or [low]
 
 
 def save_chart(path, series, xlabel, ylabel, lines=True):
@@ -538,7 +561,8 @@ def save_chart(path, series, xlabel, ylabel, lines=True):
     scale = lambda v, low, high, a, b: a + (b - a) * (v - low) / ((high - low) or 1)
     px = lambda x: scale(x, min(xs), max(xs), 70, 510)
     py = lambda y: scale(y, min(ys), max(ys), 310, 30)
-    text = lambda x, y, s, more="": f'<text x="{x:.1f}" y="{y:.1f}" {more}>{s}</text>'
+    text = lambda x, y, words, more="": (
+        f'<text x="{x:.1f}" y="{y:.1f}" {more}>{html.escape(words)}</text>')
     out = ['<svg xmlns="http://www.w3.org/2000/svg" width="680" height="370" font-size="12" '
            'font-family="sans-serif"><rect width="680" height="370" fill="white"/>'
            '<path d="M70 30V310H510" fill="none" stroke="black"/>',
@@ -577,12 +601,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high=10**12):
     """An argparse type: an int or a float from low to high."""
 
     def convert(text):
         with contextlib.suppress(ValueError):
-            if low <= (value := kind(text)) <= high and math.isfinite(value):
+            if low <= (value := kind(text)) <= high:
                 return value
         word = "whole number" if kind is int else "number"
         raise argparse.ArgumentTypeError(f"{text!r} is not a {word} from {low} to {high}")
@@ -614,16 +638,22 @@ def common_options(parser, script, sizes, steps, batch_size, lr):
 
 
 def parse(parser, script, sizes, argv=None):
-    """Arguments; --resume takes what is not given from its checkpoint, --size fills in the rest."""
-    args = parser.parse_args(argv)
+    """Arguments. What is not given comes from the checkpoint of --resume, for --load the data set
+    and the seed; then from --size."""
+    args, stored = parser.parse_args(argv), {}
     if args.resume and (path := pathlib.Path(args.out) / "checkpoint.pt").exists():
-        stored = load_checkpoint(path, script)["args"]
-        parser.set_defaults(**stored | {key: parser.get_default(key) for key in ("out", "resume")})
-        args = parser.parse_args(argv)
+        stored = load_checkpoint(path, script).get("args", {})
+        stored = {key: stored[key] for key in stored if key not in ("out", "resume")}
+    elif args.load:
+        with contextlib.suppress(UserError):  # a released file; the model's own loader reads it
+            stored = load_checkpoint(args.load, script).get("args", {})
+            stored = {key: stored[key] for key in ("data", "data_dir", "seed") if key in stored}
+    parser.set_defaults(**stored)
+    args = parser.parse_args(argv)
     for key, value in sizes[args.size].items():
         setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
-    if args.dim % args.heads:
-        raise UserError(f"--heads {args.heads} does not divide --dim {args.dim}")
+    if args.dim % args.heads or args.dim % 4:
+        raise UserError(f"--dim {args.dim} must be a multiple of --heads {args.heads} and of 4")
     return args
 
 
@@ -632,6 +662,8 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
     with refuse(f"--device {name}: not on this machine"):
+        if torch.device(name).type == "meta":
+            raise ValueError("it holds no numbers")
         return torch.zeros(1, device=name).device
 
 
@@ -649,7 +681,8 @@ class Steps:
     """`for step in Steps(...)`: training steps with a progress bar; Ctrl-C ends after a step."""
 
     def __init__(self, args, start=0, scores={}):
-        self.range, self.every, self.stop = range(start, args.steps), args.save_seconds, False
+        self.range, self.every = range(start, args.steps), args.save_seconds
+        self.stop = self.ended = False
         self.saved = time.time()
         self.began = self.saved - scores.get("seconds", 0)
 
@@ -664,7 +697,7 @@ class Steps:
             with tqdm(self.range, initial=first, total=last, mininterval=0.5) as self.bar:
                 for step in self.bar:
                     yield step
-                    if self.stop:
+                    if self.ended:
                         raise KeyboardInterrupt
         finally:
             signal.signal(signal.SIGINT, before)
@@ -682,7 +715,8 @@ class Steps:
 
     def due(self, step):
         """Time for a checkpoint: at intervals, at the end, and after Ctrl-C."""
-        if self.stop or step + 1 == self.range.stop or time.time() - self.saved > self.every:
+        self.ended = self.stop  # after a Ctrl-C from here on, one more step: it has to be saved
+        if self.ended or step + 1 == self.range.stop or time.time() - self.saved > self.every:
             self.saved = time.time()
             return True
 
@@ -705,6 +739,12 @@ def run(train, parse_args):
     except KeyboardInterrupt:
         print("interrupted; --resume goes on from the checkpoint", file=sys.stderr)
         sys.exit(130)
+    except RuntimeError as error:  # what torch raises on a CPU; on a GPU a subclass
+        if "memory" not in str(error):
+            raise
+        print("error: out of memory; a smaller --batch-size, --size or --image-size may fit",
+              file=sys.stderr)
+        sys.exit(2)
 
 
 def parse_args(argv=None):

@@ -283,8 +283,7 @@ def train(args):
                              args=vars(args), scores=scores)
 
     forward = torch.compile(model) if args.compile else model
-    log, steps = data.Log(out / "log.csv", start), data.Steps(args, start, scores)
-    for step in steps:
+    for step in (steps := data.Steps(args, start, scores)):
         torch.manual_seed(args.seed * 1_000_003 + step)
         rate = learning_rate(step, args)
         for group in optimizer.param_groups:
@@ -301,12 +300,14 @@ def train(args):
         optimizer.step()
         scores = dict(loss=steps.loss, seconds=steps.seconds(), images_seen=(step + 1) * len(x))
         if step % 10 == 0 or step + 1 == args.steps:
-            log.write(step, images_seen=scores["images_seen"], loss=steps.loss, lr=rate)
+            data.log(out / "log.csv", step, images_seen=scores["images_seen"], loss=steps.loss,
+                     lr=rate)
         if steps.due(step):
             save(step + 1)
 
     model.eval()
     untrained = copy.deepcopy(model)
+    torch.manual_seed(args.seed)
     untrained.init_weights()
     scores |= data.probe_scores(dataset, model.features, untrained.features, amp)
     cls = [data.extract(lambda x: model.features(x, "cls"), dataset, images, amp)
@@ -315,7 +316,7 @@ def train(args):
                                             dataset.test_labels)
     files = draw(model, dataset, out, args, amp) if model.has_decoder else []
     if not args.load:
-        save(args.steps)
+        save(max(start, args.steps))
         files += ["checkpoint.pt", "log.csv"]
     return data.report(scores, out, files)
 

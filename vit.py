@@ -40,6 +40,13 @@ SIZES = {  # B, L and H are the paper's; Ti and S come from DeiT
     "H": dict(patch_size=14, dim=1280, depth=32, heads=16),
 }
 
+GOOGLE = {"Transformer/encoderblock_": "blocks.", "/LayerNorm_0": ".norm1", "/kernel": ".weight",
+          "/MultiHeadDotProductAttention_1/out": ".attn.proj", "/LayerNorm_2": ".norm2",
+          "/MultiHeadDotProductAttention_1/": ".attn.", "/MlpBlock_3/Dense_0": ".mlp.fc1",
+          "/MlpBlock_3/Dense_1": ".mlp.fc2", "Transformer/encoder_norm": "norm", "/bias": ".bias",
+          "Transformer/posembed_input/pos_embedding": "pos_embed", "/scale": ".weight",
+          "embedding.": "patch_embed.proj.", "cls": "cls_token"}  # its names -> timm's
+
 
 class ViT(nn.Module):
     """images (B, 3, H, H), normalised -> logits (B, K). No class token: the patch mean is used."""
@@ -78,6 +85,8 @@ class ViT(nn.Module):
         # 3. The flattened patches are mapped to D dimensions by a trainable linear projection.
         x = self.patch_embed(x)  # (B, N, D)
         # 4. Add a learned 1-D position embedding.
+        if x.shape[1] != self.grid**2:
+            raise ValueError(f"{x.shape[1]} patches, but this model has {self.grid**2} positions")
         x = x + self.pos_embed[:, -x.shape[1]:]
         # 5. Include a learnable [class] embedding; it has a position embedding, too.
         if self.cls_token is not None:
@@ -110,8 +119,9 @@ class ViT(nn.Module):
 
         `num_classes`: a new head, zero. `image_size`: position table stretched to another grid.
         """
-        state, act, heads = read_google(path) if str(path).endswith(".npz") else read_encoder(path)
         with data.refuse(f"{path}: does not hold a ViT encoder"):
+            read = read_google if str(path).endswith(".npz") else read_encoder
+            state, act, heads = read(path)
             dim, _, _, patch_size = state["patch_embed.proj.weight"].shape
             table, extra = state["pos_embed"], "cls_token" in state
             depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
@@ -128,8 +138,12 @@ class ViT(nn.Module):
             model.pre_logits, model.head = None, nn.Linear(dim, num_classes)
             nn.init.zeros_(model.head.weight), nn.init.zeros_(model.head.bias)
         if image_size:
+            if image_size % patch_size:
+                raise data.UserError(f"{path}: its patches of {patch_size} pixels do not divide "
+                                     f"pictures of {image_size}; change --image-size")
             model.grid = image_size // patch_size
-            model.pos_embed = nn.Parameter(resize_table(table, model.grid, extra=extra))
+            table = resize_table(model.pos_embed.detach(), model.grid, extra=extra)
+            model.pos_embed = nn.Parameter(table)
         return model
 
 
@@ -140,45 +154,35 @@ def read_encoder(path):
     if content.get("script") == "jepa":
         state = {k[15:]: v for k, v in state.items() if k.startswith("target_encoder.")}
     state = {k.removeprefix("module."): v for k, v in state.items()
-             if torch.is_tensor(v) and not k.startswith(("decoder_", "mask_token"))}
+             if torch.is_tensor(v)
+             and not k.startswith(("decoder_", "mask_token", "pre_logits.fc"))}
     for key in [k for k in state if k.endswith(".gamma")]:  # DINOv2 scales each branch by a vector,
         name = key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
         gamma = state.pop(key)  # which is the same as scaling the last map of the branch
         state[f"{name}.weight"] = gamma[:, None] * state[f"{name}.weight"]
         state[f"{name}.bias"] = gamma * state[f"{name}.bias"]
-    return state, F.gelu, content["args"]["heads"] if "script" in content else None
+    args = content["args"] if "script" in content else {}
+    return state, gelu_tanh if args.get("tanh_gelu") else F.gelu, args.get("heads")
 
 
 def read_google(path):
-    """Google's .npz of JAX arrays (matrices [in, out], heads apart) -> as read_encoder."""
+    """Google's .npz of JAX arrays -> as read_encoder."""
     with data.refuse(f"{path}: not a Google ViT .npz"), np.load(path, allow_pickle=False) as file:
         arrays = {k.removeprefix("opt/target/").removeprefix("params/"): file[k] for k in file}
-        D = len(arrays["embedding/bias"])
-        state = {"cls_token": arrays["cls"],
-                 "pos_embed": arrays["Transformer/posembed_input/pos_embedding"]}
-        names = {"embedding": "patch_embed.proj", "Transformer/encoder_norm": "norm",
-                 "head": "head", "pre_logits": "pre_logits"}
-        for i in range(sum("LayerNorm_0/scale" in k for k in arrays)):
-            theirs, ours = f"Transformer/encoderblock_{i}/", f"blocks.{i}."
-            attention = theirs + "MultiHeadDotProductAttention_1/"
-            for part in ("kernel", "bias"):  # [D, h, d] and [h, d] -> [D, 3D] and [1, 3D]
-                arrays[f"{attention}qkv/{part}"] = np.concatenate([
-                    arrays[f"{attention}{n}/{part}"].reshape(-1, D)
-                    for n in ("query", "key", "value")], axis=1)
-            names |= {theirs + "LayerNorm_0": ours + "norm1", attention + "qkv": ours + "attn.qkv",
-                      theirs + "LayerNorm_2": ours + "norm2", attention + "out": ours + "attn.proj",
-                      theirs + "MlpBlock_3/Dense_0": ours + "mlp.fc1",
-                      theirs + "MlpBlock_3/Dense_1": ours + "mlp.fc2"}
-        for key, array in arrays.items():
-            name, _, part = key.rpartition("/")
-            if part == "kernel" and array.ndim == 4:
+        D, state = len(arrays["embedding/bias"]), {}
+        for name, array in arrays.items():
+            for theirs, ours in GOOGLE.items():
+                name = name.replace(theirs, ours)
+            if name.endswith(".bias"):
+                array = array.ravel()  # of q, k and v: [h, d]
+            elif array.ndim == 4:
                 array = array.transpose(3, 2, 0, 1)  # [y, x, 3, D] -> [D, 3, y, x]
-            elif part == "kernel":
-                array = array.reshape(-1, array.shape[-1]).T  # [in, out] -> [out, in]
-            if name in names:
-                part = "bias" if part == "bias" else "weight"
-                state[f"{names[name]}.{part}"] = array.ravel() if part == "bias" else array
-        state = {k: torch.from_numpy(np.ascontiguousarray(v, np.float32)) for k, v in state.items()}
+            elif name.endswith(".weight") and array.ndim > 1:  # [in, out] -> [out, in]
+                array = (array.reshape(D, D) if array.ndim == 3 else array).T  # 3: [D, h, d]
+            state[name] = torch.from_numpy(np.ascontiguousarray(array, np.float32))
+        for q in [name for name in state if ".query." in name]:
+            parts = [state.pop(q.replace("query", part)) for part in ("query", "key", "value")]
+            state[q.replace("query", "qkv")] = torch.cat(parts)
     return state, gelu_tanh, None
 
 
@@ -200,12 +204,13 @@ def attention_distance(maps, patch_size):
 
 
 def rollout(maps):
-    """Attention rollout (Abnar and Zuidema 2020): what reaches the class token, (B, 1, n, n)."""
+    """Attention rollout (Abnar and Zuidema 2020): what reaches the features, (B, 1, n, n)."""
     flow = identity = torch.eye(maps.shape[-1], device=maps.device)
     for layer in maps.mean(2):
         flow = (layer + identity) / 2 @ flow  # half through attention, half along the residual
     n = math.isqrt(maps.shape[-1])
-    flow = flow[:, 0, -n * n:].reshape(-1, 1, n, n)
+    flow = flow[:, 0, 1:] if maps.shape[-1] > n * n else flow.mean(1)  # no class token: the mean
+    flow = flow.reshape(-1, 1, n, n)
     return flow / flow.amax((2, 3), keepdim=True)
 
 
@@ -222,14 +227,15 @@ def draw(model, dataset, out):
     table = F.normalize(table - table.mean(0), dim=1)
     tiles = (table @ table.T).reshape(-1, 1, n, n).expand(-1, 3, -1, -1)
     data.save_png(out / "positions.png", stretch(tiles), columns=n)
-    images = dataset.test_images[:128]
-    maps = attention_maps(model, dataset.normalise(images))
-    heads = attention_distance(maps, model.patch_size).T.tolist()
+    parts = dataset.normalise(dataset.test_images[:128]).split(8)
+    maps = attention_maps(model, parts[0])
+    heads = torch.stack([attention_distance(attention_maps(model, x), model.patch_size)
+                         for x in parts]).mean(0).T.tolist()
     data.save_chart(out / "attention_distance.svg", {
         f"head {h + 1}": list(enumerate(distances, 1)) for h, distances in enumerate(heads)},
         "layer", "mean attention distance (pixels)", lines=False)
-    images = images[:8].float() / 255
-    light = F.interpolate(rollout(maps[:, :8]), images.shape[2:], mode="bilinear")
+    images = dataset.test_images[:8].float() / 255
+    light = F.interpolate(rollout(maps), images.shape[2:], mode="bilinear")
     data.save_png(out / "rollout.png", torch.cat([images, images * light]))
     return ["filters.png", "positions.png", "attention_distance.svg", "rollout.png"]
 
@@ -242,7 +248,8 @@ def parse_args(argv=None):
     parser.add("--label-smoothing", 0.1, "share for the other classes", type=number(float, 0, 0.99))
     parser.add("--augment", "light", "light: shift, flip; strong: and mixup or cutmix, erasing",
                choices=["none", "light", "strong"])
-    parser.add("--train-images", None, "use only so many training pictures", type=number(int, 1))
+    parser.add("--train-images", None, "use only so many training pictures, and train the small "
+               "convolutional net on them, too", type=number(int, 20))
     parser.add("--init", None, "fine-tune this vit, mae, jepa or released file with a new head")
     parser.add("--layer-decay", 1.0, "of the rate, from layer to layer", type=number(float, 0, 1))
     return data.parse(parser, "vit", SIZES, argv)
@@ -265,33 +272,21 @@ def parameter_groups(model, args):
     return [dict(params=g, scale=scale, weight_decay=wd) for (scale, wd), g in groups.items()]
 
 
-def mix(images, targets):
-    """Mixup or cutmix with the reversed batch, then random erasing; targets (B, K)."""
-    B, _, H, W = images.shape
-    keep = torch.rand(()).item()
-    if torch.rand(()) < 0.5:
-        mixed = keep * images + (1 - keep) * images.flip(0)
-    else:
-        h, w = round(H * math.sqrt(1 - keep)), round(W * math.sqrt(1 - keep))
-        y, x = torch.randint(H - h + 1, ()), torch.randint(W - w + 1, ())
-        mixed, keep = images.clone(), 1 - h * w / (H * W)
-        mixed[:, :, y:y + h, x:x + w] = images.flip(0)[:, :, y:y + h, x:x + w]
-    for i in (torch.rand(B) < 0.25).nonzero()[:, 0]:
-        y, x = torch.randint(3 * H // 4, (2,))
-        mixed[i, :, y:y + H // 4, x:x + W // 4] = torch.randn(3, 1, 1).to(images)
-    return mixed, keep * targets + (1 - keep) * targets.flip(0)
-
-
 def train(args):
     device, out = data.pick_device(args.device), pathlib.Path(args.out)
     amp = autocast(device, args.precision)
-    if args.load:
-        model = ViT.from_pretrained(args.load)
-        args.steps, args.patch_size = 0, model.patch_size
-        args.image_size = model.grid * model.patch_size
+    if args.load or args.init:
+        model = ViT.from_pretrained(args.load or args.init)
+        args.patch_size, args.dim = model.patch_size, len(model.norm.weight)
+        args.depth, args.heads = len(model.blocks), model.blocks[0].attn.heads
+        args.tanh_gelu = model.blocks[0].mlp.act is gelu_tanh
+        if args.load:
+            args.steps, args.image_size = 0, model.grid * model.patch_size
     dataset = data.open_data(args, device)
-    images, labels = (x[:args.train_images] for x in (dataset.train_images, dataset.train_labels))
     K = len(dataset.class_names)
+    if args.train_images:  # for the probes, too
+        dataset.train_images = dataset.train_images[:args.train_images]
+        dataset.train_labels = dataset.train_labels[:args.train_images]
     torch.manual_seed(args.seed)
     if args.init:
         model = ViT.from_pretrained(args.init, K, args.image_size)
@@ -308,17 +303,16 @@ def train(args):
                              args=vars(args), scores=scores)
 
     loss_function = torch.compile(model.loss) if args.compile else model.loss
-    log, steps = data.Log(out / "log.csv", start), data.Steps(args, start, scores)
-    for step in steps:
+    for step in (steps := data.Steps(args, start, scores)):
         torch.manual_seed(args.seed * 1_000_003 + step)
         rate = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        index = data.batch_index(len(images), args.batch_size, step, args.seed).to(device)
-        x, y = images[index], labels[index]
+        index = data.batch_index(len(dataset.train_labels), args.batch_size, step, args.seed)
+        x, y = dataset.train_images[index.to(device)], dataset.train_labels[index.to(device)]
         x = dataset.normalise(x if args.augment == "none" else data.augment(x))
         if args.augment == "strong":
-            x, y = mix(x, F.one_hot(y, K).float())
+            x, y = data.mix(x, F.one_hot(y, K).float())
         with amp:
             loss, _ = loss_function(x, y, args.label_smoothing)
         optimizer.zero_grad()
@@ -327,7 +321,8 @@ def train(args):
         optimizer.step()
         scores = dict(loss=steps.loss, seconds=steps.seconds(), images_seen=(step + 1) * len(x))
         if step % 10 == 0 or step + 1 == args.steps:
-            log.write(step, images_seen=scores["images_seen"], loss=steps.loss, lr=rate)
+            data.log(out / "log.csv", step, images_seen=scores["images_seen"], loss=steps.loss,
+                     lr=rate)
         if steps.due(step):
             save(step + 1)
 
@@ -335,12 +330,16 @@ def train(args):
     if model.head.out_features == K:
         logits = data.extract(model, dataset, dataset.test_images, amp)
         scores["accuracy"] = (logits.argmax(1) == dataset.test_labels).float().mean().item()
+    if args.train_images:
+        cnn = data.extract(data.train_cnn(dataset, args.seed), dataset, dataset.test_images, amp)
+        scores["cnn"] = (cnn.argmax(1) == dataset.test_labels).float().mean().item()
     untrained = copy.deepcopy(model)
+    torch.manual_seed(args.seed)
     untrained.init_weights()
     scores |= data.probe_scores(dataset, model.features, untrained.features, amp)
     files = draw(model, dataset, out)
     if not args.load:
-        save(args.steps)
+        save(max(start, args.steps))
         files += ["checkpoint.pt", "log.csv"]
     return data.report(scores, out, files)
 

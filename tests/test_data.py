@@ -248,7 +248,10 @@ def test_own_npz(pictures, tmp_path):
     images, labels = np.zeros((20, 8, 8, 3), np.uint8), np.arange(20)
     np.savez(tmp_path / "named.npz", images=images, labels=labels % 2, class_names=["cat", "dog"],
              captions=[f"number {i}" for i in range(20)])
-    named = data.load(str(tmp_path / "named.npz"))
+    named = data.load(str(tmp_path / "named.npz"), seed=5)
+    assert (named.test_labels == data.load(str(tmp_path / "named.npz")).test_labels).all()  # for any seed
+    np.savez(tmp_path / "big_endian.npz", images=images, labels=(labels % 2).astype(">i4"))
+    assert data.load(str(tmp_path / "big_endian.npz")).train_labels.max() == 1
     assert named.class_names == ["cat", "dog"] and sorted(named.train_captions + named.test_captions) == sorted(
         f"number {i}" for i in range(20))
 
@@ -264,7 +267,9 @@ IMAGES, LABELS = np.zeros((20, 8, 8, 3), np.uint8), np.zeros(20, np.int64)
     dict(images=IMAGES, labels=LABELS / 2), dict(images=IMAGES[:0], labels=LABELS[:0]),
     dict(images=IMAGES, labels=LABELS + 10**6), dict(images=IMAGES, labels=LABELS, captions=["one"]),
     dict(images=IMAGES, labels=LABELS + 3, class_names=["a"]), dict(images=np.array(["x"] * 20), labels=LABELS),
-    dict(images=np.array([{}, []], dtype=object), labels=LABELS),
+    dict(images=np.array([{}, []], dtype=object), labels=LABELS), dict(images=np.uint8(3), labels=LABELS),
+    dict(images=IMAGES[:, :0, :0], labels=LABELS), dict(images=IMAGES, labels=LABELS, captions="one"),
+    dict(images=IMAGES, labels=LABELS + 1, class_names="one"),
 ])
 def test_bad_npz(tmp_path, arrays):
     np.savez(tmp_path / "bad.npz", **arrays)
@@ -313,6 +318,33 @@ def test_augment_shifts_and_mirrors():
     assert (data.augment(image.expand(400, 3, 8, 8), pad=0, flip=False) == image).all()
 
 
+def test_mix_keeps_the_shares():
+    """Pictures of one value each: a mixed picture's mean tells the shares, and the target must agree."""
+    torch.manual_seed(0)
+    values, erased = torch.arange(4.0), 0
+    images, targets = values[:, None, None, None].expand(4, 3, 16, 16), torch.eye(4)
+    for _ in range(100):
+        mixed, shares = data.mix(images.clone(), targets)
+        assert torch.allclose(shares.sum(1), torch.ones(4))
+        for picture, share in zip(mixed, shares):
+            if (picture[0] == picture[1]).all():  # erasing paints a colour
+                assert picture.mean().item() == pytest.approx((share * values).sum().item(), abs=1e-4)
+            else:
+                erased += 1
+                assert (picture[0] != picture[1]).sum() == 16
+    assert 60 < erased < 140  # a quarter of 400
+
+
+def test_probe_scores_uses_each_feature(pictures):
+    own = data.load(str(pictures))
+    amp = torch.autocast("cpu", enabled=False)
+    brightness = lambda x: x.mean((1, 2, 3))[:, None]
+    noise = lambda x: torch.randn(len(x), 4, generator=torch.Generator().manual_seed(len(x)))
+    scores = data.probe_scores(own, brightness, noise, amp)
+    assert list(scores) == ["probe", "knn", "probe_random", "probe_pixels"]
+    assert scores["probe"] == 1 and scores["probe_random"] < 0.8 and scores["probe_pixels"] == 1
+
+
 def test_linear_probe_is_logistic_regression():
     torch.manual_seed(0)
     y = torch.arange(600) % 3
@@ -343,6 +375,10 @@ def test_small_cnn_learns_and_is_cached(pictures, tmp_path, monkeypatch):
     assert (cnn(own.normalise(own.test_images)).argmax(1) == own.test_labels).all()
     assert cnn.features(own.normalise(own.test_images)).shape == (12, 128) and not cnn.training
     monkeypatch.setattr(data, "augment", None)  # a second training would fail
+    with pytest.raises(TypeError):
+        own.train_labels = own.train_labels.flip(0)
+        data.train_cnn(own, steps=60, batch_size=32)  # other labels are another net
+    own.train_labels = own.train_labels.flip(0)
     again = data.train_cnn(own, steps=60, batch_size=32)
     assert all((a == b).all() for a, b in zip(cnn.state_dict().values(), again.state_dict().values()))
 
@@ -365,11 +401,11 @@ def test_a_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "c.pt"
     data.save_checkpoint(path, step=1)
 
-    def full_disk(content, target):
-        open(target, "wb").write(b"half")
+    def full_disk(self, content):
+        open(self, "wb").write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full_disk)
+    monkeypatch.setattr(data.pathlib.Path, "write_bytes", full_disk)
     with pytest.raises(data.UserError, match="cannot write .*No space left"):
         data.save_checkpoint(path, step=2)
     assert data.load_checkpoint(path)["step"] == 1 and len(list(tmp_path.iterdir())) == 1
@@ -404,15 +440,15 @@ def test_bad_checkpoints(tmp_path):
 
 def test_log_drops_what_is_repeated(tmp_path):
     path = tmp_path / "log.csv"
-    log = data.Log(path)
     for step in range(5):
-        log.write(step, loss=torch.tensor(step / 3), lr=0.1)
+        data.log(path, step, loss=torch.tensor(step / 3), lr=0.1)
     lines = path.read_text().splitlines()
     assert lines[0] == "step,loss,lr" and float(lines[2].split(",")[1]) == pytest.approx(1 / 3, abs=1e-8)
-    data.Log(path, start=3).write(3, loss=9, lr=0.1)
+    data.log(path, 3, loss=9, lr=0.1)
     assert path.read_text().splitlines() == lines[:4] + ["3,9,0.1"]
-    data.Log(path)
-    assert path.read_text() == ""
+    path.write_text("")
+    data.log(path, 0, loss=1, lr=0.1)
+    assert path.read_text() == "step,loss,lr\n0,1,0.1\n"
 
 
 def read_png(path):
@@ -445,17 +481,18 @@ def test_png(tmp_path):
 
 
 def test_chart(tmp_path):
-    series = {"one": [(0, 1), (5, 3), (10, 2)], "two": [(0, 0), (10, math.nan)], "none": []}
+    series = {"a<b & c": [(0, 1), (5, 3), (10, 2)], "two": [(0, 0), (10, math.nan)], "none": []}
     data.save_chart(tmp_path / "c.svg", series, "steps", "loss")
     root = xml.etree.ElementTree.parse(tmp_path / "c.svg").getroot()
     words = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"steps", "loss", "one", "two", "0", "10", "3"} <= set(words)
+    assert {"steps", "loss", "a<b & c", "two", "0", "10", "3"} <= set(words)
     line = next(root.iter("{http://www.w3.org/2000/svg}polyline")).get("points")
     assert line == "70.0,216.7 290.0,30.0 510.0,123.3"  # y grows upwards
 
 
 @pytest.mark.parametrize("low, high, expected", [
-    (1, 4, [1, 2, 3, 4]), (12.8, 16.5, [13, 14, 15, 16]), (0, 0, [0]), (-0.3, 0.9, [-0.2, 0, 0.2, 0.4, 0.6, 0.8]),
+    (1, 4, [1, 2, 3, 4]), (12.8, 16.5, [13, 14, 15, 16]), (0, 0, [0]), (3.7, 3.7, [3.7]),
+    (-0.3, 0.9, [-0.2, 0, 0.2, 0.4, 0.6, 0.8]),
     (0, 108800, [0, 20000, 40000, 60000, 80000, 100000])])
 def test_ticks_are_round(low, high, expected):
     assert data.ticks(low, high) == pytest.approx(expected)
@@ -490,6 +527,20 @@ def test_the_sheet(script, tmp_path, pictures):
     assert (sheet[:, 2:98:3, 100:196:3] == shapes.train_images[1]).all()
     assert f"row 1, column 2: {shapes.train_captions[1]}\n" in done.stdout
     assert script("data.py", "--out", tmp_path, "--data", pictures).returncode == 0
+
+
+@pytest.mark.parametrize("error, status, words", [
+    (data.UserError("no such thing"), 2, "error: no such thing"), (KeyboardInterrupt(), 130, "interrupted"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "error: out of memory"),
+])
+def test_run_turns_errors_into_one_line(capsys, error, status, words):
+    def train(args):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        data.run(train, lambda: None)
+    message = capsys.readouterr().err
+    assert stop.value.code == status and message.startswith(words) and message.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", [["--data", "imagenet"], ["--data", "none.npz"], ["--seed", "-1"], ["--sed", "1"]])

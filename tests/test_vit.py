@@ -16,6 +16,7 @@ from conftest import ROOT
 
 import data
 import vit
+from common import sincos_2d
 from vit import ViT
 
 
@@ -179,7 +180,9 @@ def test_own_checkpoints(tmp_path):
     lambda s: s.update(pos_embed=torch.ones(1, 12, 64)), lambda s: s.update(cls_token=torch.ones(64)),
     lambda s: s.clear(), lambda s: s.update(register_tokens=torch.ones(1, 4, 64)),
     lambda s: s.update({"fc_norm.weight": s.pop("norm.weight")}), lambda s: s.update({"blocks.x.y": torch.ones(1)}),
-    lambda s: s.update({"patch_embed.proj.weight": torch.ones(64, 3)})])
+    lambda s: s.update({"patch_embed.proj.weight": torch.ones(64, 3)}), lambda s: s.update({1: torch.ones(1)}),
+    lambda s: s.update({"blocks.0.ls1.gamma": torch.ones(64), "x.gamma": torch.ones(64)}),
+    lambda s: s.update(model=5), lambda s: s.update(script="vit")])
 def test_other_files_are_refused(tmp_path, spoil):
     state = random_state()
     spoil(state)
@@ -229,6 +232,7 @@ def test_pictures_of_attention():
     only = torch.zeros(2, 1, 1, 5, 5)
     only[0, :, :, :, 3] = only[1, :, :, :, 1] = 1  # all look at the third patch, then at the first
     assert vit.rollout(only)[0, 0].tolist() == [[0.5, 0], [1, 0]]
+    assert torch.allclose(vit.rollout(uniform[..., :4, :4] * 1.25), torch.ones(1, 1, 2, 2))  # without class token
 
 
 def test_layer_decay_and_weight_decay():
@@ -241,17 +245,43 @@ def test_layer_decay_and_weight_decay():
     assert of("patch_embed.proj.weight") == (0.125, 0.1) and len(groups) == len(list(model.parameters()))
 
 
-def test_mix_keeps_the_shares():
-    """Pictures of one value each: a mixed picture's mean tells the shares, and the target must agree."""
+def test_learning_rate():
+    args = type("Args", (), dict(lr=2.0, warmup=9, steps=109))
+    rate = [vit.learning_rate(step, args) for step in range(109)]
+    assert rate[0] == pytest.approx(0.2) and rate[9] == 2 and rate[59] == pytest.approx(1) and rate[108] < 0.001
+    assert all(a < b for a, b in zip(rate[:9], rate[1:10])) and all(a > b for a, b in zip(rate[9:], rate[10:]))
+
+
+def test_init():
     torch.manual_seed(0)
-    values = torch.arange(4.0)
-    images, targets = values[:, None, None, None].expand(4, 3, 16, 16), torch.eye(4)
-    for _ in range(20):
-        mixed, shares = vit.mix(images.clone(), targets)
-        assert torch.allclose(shares.sum(1), torch.ones(4))
-        clean = [i for i in range(4) if len(mixed[i].unique()) <= 2 and mixed[i].min() >= 0]  # not erased
-        for i in clean:
-            assert mixed[i].mean().item() == pytest.approx((shares[i] * values).sum().item(), abs=1e-4)
+    model = ViT(16, 4, 64, 2, 2)
+    for matrix in model.blocks[1].attn.qkv.weight.chunk(3):  # xavier of q, k and v, not of the three as one
+        assert math.sqrt(6 / 256) < matrix.abs().max() < math.sqrt(6 / 128)
+    assert (model.pos_embed[0, 1:] == sincos_2d(64, 4)).all() and (model.pos_embed[0, 0] == 0).all()
+    assert (model.head.weight == 0).all() and 0 < model.blocks[0].mlp.fc1.bias.abs().max() < 1e-5
+
+
+def test_label_smoothing():
+    torch.manual_seed(0)
+    model = ViT(16, 4, 32, 2, 2, num_classes=5)
+    torch.nn.init.normal_(model.head.weight)
+    loss, logits = model.loss(IMAGES.float(), torch.tensor([1, 4]), 0.2)
+    target = 0.8 * F.one_hot(torch.tensor([1, 4]), 5) + 0.2 / 5
+    assert loss.item() == pytest.approx(-(target * logits.log_softmax(1)).sum(1).mean().item(), rel=1e-5)
+    assert model.loss(IMAGES.float(), target)[0].item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_another_picture_size_is_refused_or_stretches_the_table(tmp_path):
+    state = random_state()
+    torch.save({k: v.half() for k, v in state.items()}, tmp_path / "half.pth")
+    model = ViT.from_pretrained(tmp_path / "half.pth", image_size=24)
+    grid = state["pos_embed"].half().float()[:, 1:].reshape(1, 4, 4, 64).permute(0, 3, 1, 2)
+    wide = F.interpolate(grid, (6, 6), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    assert model.pos_embed.dtype == torch.float32 and torch.allclose(model.pos_embed[:, 1:], wide, atol=1e-6)
+    with pytest.raises(ValueError, match="16 patches, but this model has 36 positions"):
+        model(IMAGES.float())
+    with pytest.raises(data.UserError, match="its patches of 4 pixels do not divide pictures of 18"):
+        ViT.from_pretrained(tmp_path / "half.pth", 3, 18)
 
 
 # ----------------------------------------------------------------------------------- the real command
@@ -278,10 +308,42 @@ def test_the_command_learns_draws_and_scores(script, pictures, tmp_path):
 
     done = script("vit.py", "--data", pictures, "--load", tmp_path / "a" / "checkpoint.pt", "--out", tmp_path / "b")
     assert done.returncode == 0 and re.search(r"accuracy  1.0000", done.stdout)
-    done = script(*words[:-1], tmp_path / "c", "--init", tmp_path / "a" / "checkpoint.pt", "--image-size", 32,
-                  "--steps", 2, "--layer-decay", 0.7, "--augment", "strong", "--train-images", 20)
-    assert done.returncode == 0, done.stderr
-    assert data.load_checkpoint(tmp_path / "c" / "checkpoint.pt")["model"]["pos_embed"].shape == (1, 65, 16)
+    log = (tmp_path / "a" / "log.csv").read_text()
+    again = script("vit.py", "--load", tmp_path / "a" / "checkpoint.pt", "--out", tmp_path / "a")
+    assert again.stdout.replace("/a/", "/b/")[-200:] == done.stdout[-200:]  # on the data set that it was trained on
+    assert (tmp_path / "a" / "log.csv").read_text() == log
+
+
+def test_fine_tuning_a_released_file(script, pictures, tmp_path):
+    """A Google file: its heads, patch and GELU are not the options' own, and survive the round trip."""
+    state = random_state(dim=128, patch=8, tokens=1 + 4)
+    np.savez(tmp_path / "google.npz", **google_arrays(state, heads=2))
+    done = script("vit.py", "--data", pictures, "--init", tmp_path / "google.npz", "--image-size", 32, "--steps", 1,
+                  "--layer-decay", 0.7, "--augment", "strong", "--train-images", 20, "--lr", 0, "--out", tmp_path)
+    assert done.returncode == 0 and "cnn" in done.stdout, done.stderr
+    tuned, images = ViT.from_pretrained(tmp_path / "checkpoint.pt"), torch.randn(2, 3, 32, 32)
+    released = ViT.from_pretrained(tmp_path / "google.npz", 3, 32)
+    assert tuned.pos_embed.shape == (1, 17, 128) and torch.equal(tuned.features(images), released.features(images))
+    done = script("vit.py", "--data", pictures, "--init", tmp_path / "google.npz", "--image-size", 20,
+                  "--out", tmp_path)
+    assert done.returncode == 2 and "--patch-size 8 does not divide" in done.stderr
+
+
+def test_each_step_augments_clips_and_scales_the_rate(pictures, tmp_path, monkeypatch):
+    calls, rates = [], []
+    for owner, name in ((data, "augment"), (data, "mix"), (torch.nn.utils, "clip_grad_norm_")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, f=original, n=name, **k: calls.append((n, a[1:])) or f(*a, **k))
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(
+        [g["lr"] / g.get("scale", 1) for g in self.param_groups]) or step(self))
+    monkeypatch.setattr(data, "probe_scores", lambda dataset, f, g, amp: dict(
+        same=float((f(torch.ones(1, 3, 16, 16)) == g(torch.ones(1, 3, 16, 16))).all())))
+    scores = vit.train(vit.parse_args(["--data", str(pictures), *map(str, SMALL), "--steps", "3", "--augment", "strong",
+                                       "--layer-decay", "0.5", "--train-images", "30", "--out", str(tmp_path)]))
+    assert [name for name, _ in calls[:6]] == ["augment", "mix", "clip_grad_norm_"] * 2 and calls[2][1] == (1.0,)
+    assert all(len(set(map(lambda r: round(r, 12), row))) == 1 for row in rates) and scores["same"] == 0
+    assert scores["images_seen"] == 48 and "cnn" in scores
 
 
 def test_killed_and_resumed_is_the_same_run(script, pictures, tmp_path):
@@ -308,7 +370,9 @@ def test_killed_and_resumed_is_the_same_run(script, pictures, tmp_path):
 
 @pytest.mark.parametrize("words, message", [
     (["--patch-size", 5], "--patch-size 5 does not divide the pictures' side 16"),
-    (["--heads", 3], "--heads 3 does not divide --dim 16"),
+    (["--heads", 3], "--dim 16 must be a multiple of --heads 3 and of 4"),
+    (["--dim", 30], "--dim 30 must be a multiple of --heads 2 and of 4"),
+    (["--device", "meta"], "--device meta: not on this machine"),
     (["--size", "XXL"], "invalid choice: 'XXL'"),
     (["--steps", 0], "argument --steps: '0' is not a whole number from 1"),
     (["--lr", "nan"], "argument --lr: 'nan' is not a number from 0"),
