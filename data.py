@@ -723,8 +723,9 @@ class Steps:
 
 def report(scores, out, files):
     """Prints the scores and the paths of what was written; returns the scores."""
+    show = lambda x: str(x) if isinstance(x, int) else f"{x:.4f}"
     for key, value in scores.items():
-        print(f"{key:>16}  {value if isinstance(value, int) else format(value, '.4f')}")
+        print(f"{key:>16}  {' '.join(map(show, value if isinstance(value, list) else [value]))}")
     print("wrote " + " ".join(str(pathlib.Path(out) / file) for file in files))
     return scores
 
