@@ -239,8 +239,8 @@ def nats_per_pixel(model, tokens, amp, keep=None):
 
 
 def probe_by_layer(model, dataset, to_tokens, amp, training=4000, held=1000):
-    """The slide's curve: accuracy of a linear probe on each layer, fitted on `training` pictures
-    and scored on `held` others of the training set: the best layer is not chosen on test pictures."""
+    """The curve of the slide: accuracy of a linear probe on each layer, fitted on `training`
+    pictures, scored on `held` others of the training set: test pictures choose nothing."""
     every = lambda x: torch.cat([layer.mean(1) for layer in model.layers(to_tokens(x))], dim=1)
     n = min(training + held, len(dataset.train_images))
     x, y = data.extract(every, dataset, dataset.train_images[:n], amp), dataset.train_labels[:n]

@@ -56,7 +56,8 @@ def reference(state, tokens, heads=8):
     """OpenAI's model, position by position, from the file's tensors: logits (B, N, K) in float64."""
     s = {k.removeprefix("transformer."): v.double() for k, v in state.items()}
     norm = lambda x, g: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * g
-    x = torch.cat([s["wte.weight"][-1].expand(len(tokens), 1, -1), s["wte.weight"][tokens[:, :-1]]], 1) + s["wpe.weight"]
+    x = torch.cat([s["wte.weight"][-1].expand(len(tokens), 1, -1), s["wte.weight"][tokens[:, :-1]]], 1)
+    x = x + s["wpe.weight"]
     for i in range(sum("ln_1" in k for k in s)):
         h, keys, out = f"h.{i}.", [], []
         q, k, v = (norm(x, s[h + "ln_1.weight"]) @ s[h + "attn.c_attn.weight"]).chunk(3, -1)
