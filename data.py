@@ -357,7 +357,7 @@ def mix(images, targets):
 
 
 @torch.no_grad()
-def extract(features, data, images, amp, batch_size=500):
+def extract(features, data, images, amp, batch_size=50):
     """features(normalised pictures) -> (B, D), over all images: (N, D) float32."""
     with amp:
         parts = [features(data.normalise(part)).float() for part in images.split(batch_size)]

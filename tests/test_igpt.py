@@ -202,6 +202,9 @@ def test_palette_encodes_and_decodes():
     pixels = pictures.permute(0, 2, 3, 1).reshape(3, 16, 1, 3) * 2 - 1
     assert (tokens == (pixels - model.palette).square().sum(-1).argmin(-1)).all()
     assert (model.encode(model.decode(tokens)) == tokens).all()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (model.float().encode(pictures.float()) == tokens).all()
+    model = small()
     assert torch.allclose(model.decode(tokens)[1, :, 2, 3], (model.palette[tokens[1, 11]] + 1) / 2)
 
 
