@@ -278,7 +278,7 @@ def draw(model, dataset, tokens, curve, out, args, amp):
 
 def parse_args(argv=None):
     parser, number = data.Parser(__doc__), data.number
-    data.common_options(parser, "igpt", SIZES, steps=1600, batch_size=8, lr=3e-3)
+    data.common_options(parser, "igpt", SIZES, steps=1500, batch_size=8, lr=3e-3)
     parser.add("--warmup", 100, "steps of linear warm-up", type=number(int, 0))
     parser.add("--augment", "light", "light: shift, flip", choices=["none", "light"])
     parser.add("--objective", "ar", "ar: from the pixels before; bert: 15 %% hidden pixels",

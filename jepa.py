@@ -1,9 +1,9 @@
 """I-JEPA: "Self-Supervised Learning from Images with a Joint-Embedding Predictive Architecture",
 Assran et al. 2023, arXiv 2301.08243.
 
-Predict what a part of the picture means, not how it looks. One encoder sees a context block; from it
-a narrow predictor guesses the representations of four other blocks, as a second encoder gives them
-that sees the whole picture. That one learns nothing itself: it is a slow average of the first.
+Predict what a part of the picture means, not how it looks. One encoder sees a context block; from
+it a narrow predictor guesses the representations of four other blocks, as a second encoder gives
+them that sees the whole picture. That one learns nothing itself: it is a slow average of the first.
 Without this asymmetry both would agree on a constant: the representation would collapse.
 
     loss = mean smooth_l1(predictor(encoder(context), positions), norm(target_encoder(picture)))
@@ -11,12 +11,12 @@ Without this asymmetry both would agree on a constant: the representation would 
     python jepa.py                                    # shapes, 3 minutes on a laptop
     python jepa.py --no-ema                           # see it collapse; also --no-stop-grad
     python jepa.py --no-ema --sigreg 0.05             # the newer cure, without a slow average
-    python jepa.py --masking random                   # the paper's table: multiblock|block|random|raster
+    python jepa.py --masking random                   # the paper's table of masks
     python vit.py --init out/jepa/checkpoint.pt       # fine-tune the target encoder with labels
 
 Differences from the paper:
-1. The corrected block sampler: sizes and shapes drawn apart, every corner possible, and surplus
-   context dropped at random, not from the bottom. `--sampler official` is the released one.
+1. A corrected block sampler: sizes and shapes are drawn apart, every place is possible, surplus
+   context is dropped at random. The released one never uses the last row, and drops the bottom.
 2. Targets are centred per position over the batch (`--no-centre`): the sin-cos table makes the
    targets of a young encoder mostly positional, and position is what the predictor is told.
 3. Constant weight decay, a faster average (from 0.98), gradients clipped at 1: runs are short.
@@ -123,12 +123,12 @@ class IJEPA(nn.Module):
         """The authors': N(0, .02) and zero biases; both encoders start as one."""
         for name, p in self.named_parameters():
             if "pos_embed" not in name:
-                nn.init.ones_(p) if "norm" in name and p.ndim == 1 else nn.init.zeros_(p)
                 if p.ndim > 1:
                     nn.init.trunc_normal_(p, std=0.02)
-                elif "norm" in name and name.endswith("bias"):
-                    nn.init.zeros_(p)
-        self.target_encoder.load_state_dict(self.encoder.state_dict()), self.target_encoder.requires_grad_(False)
+                else:
+                    nn.init.constant_(p, "norm" in name and name.endswith("weight"))
+        self.target_encoder.load_state_dict(self.encoder.state_dict())
+        self.target_encoder.requires_grad_(False)
 
     def targets(self, images, target_idx):
         """What the predictor should say at target_idx (B, K): (B, K, D), each token normalised."""
@@ -139,7 +139,7 @@ class IJEPA(nn.Module):
         else:
             x = self.target_encoder(images)  # (B, N, D): the whole picture
             if self.centre:
-                x = x - x.mean(0, keepdim=True)  # what a position means in every picture says nothing
+                x = x - x.mean(0, keepdim=True)  # what all pictures have there says nothing
             x = take(x, target_idx)
         return F.layer_norm(x.float() if x.dtype == torch.bfloat16 else x, x.shape[-1:])  # no gain
 
@@ -178,7 +178,8 @@ class IJEPA(nn.Module):
                 state = content["model"]
             elif "target_encoder" in content:
                 state = {f"{part}.{k.removeprefix('module.')}": v for part in
-                         ("encoder", "predictor", "target_encoder") for k, v in content[part].items()}
+                         ("encoder", "predictor", "target_encoder")
+                         for k, v in content[part].items()}
             else:
                 encoder = read_hugging_face(content)
                 state = {f"{part}.{k}": v for part in ("encoder", "target_encoder")
@@ -202,8 +203,8 @@ def read_hugging_face(content):
     state, names = {}, {
         "ijepa.": "", "embeddings.position_embeddings": "pos_embed", "encoder.layer.": "blocks.",
         "embeddings.patch_embeddings.projection": "patch_embed.proj", "layernorm_before": "norm1",
-        "layernorm_after": "norm2", "attention.output.dense": "attn.proj", "output.dense": "mlp.fc2",
-        "intermediate.dense": "mlp.fc1", "layernorm.": "norm.", "attention.attention.": "attn."}
+        "layernorm_after": "norm2", "attention.output.dense": "attn.proj", "layernorm.": "norm.",
+        "output.dense": "mlp.fc2", "intermediate.dense": "mlp.fc1", "attention.attention.": "attn."}
     for name, tensor in content.items():
         for theirs, ours in names.items():
             name = name.replace(theirs, ours)
@@ -227,7 +228,7 @@ def draw_blocks(B, n, count, scale, aspect):
     return (rows[..., :, None] & columns[..., None, :]).flatten(2)
 
 
-def sample_masks(B, n, args):
+def sample_masks(B, n, args, device):
     """-> context_idx (B, n_c), list of target_idx (B, K), int64, context and targets disjoint."""
     scale, aspect = (args.target_scale, args.target_scale + 0.05), (0.75, 1.5)
     for _ in range(50):
@@ -248,15 +249,15 @@ def sample_masks(B, n, args):
         if (shown := int(context.sum(1).min())) >= min(4, n * n // 4):
             # As many for each picture: a random choice of its context.
             context_idx = (context.float() + torch.rand(B, n * n)).topk(shown, dim=1).indices
-            return context_idx.sort(1).values, [
-                t.nonzero()[:, 1].reshape(B, -1) for t in targets.unbind(1)]
+            return context_idx.sort(1).values.to(device), [
+                t.nonzero()[:, 1].reshape(B, -1).to(device) for t in targets.unbind(1)]
     raise data.UserError(f"--targets {args.targets} of --target-scale {args.target_scale} leave no "
                          f"context in a grid of {n} x {n}; use fewer or smaller ones")
 
 
 def sigreg(features, directions=256):
     """SIGReg (LeJEPA, 2511.08544): features (n, D) should look Gaussian from every side: Epps and
-    Pulley's distance of n projections to N(0, 1), mean over random directions. Prevents collapse."""
+    Pulley's distance of n projections to N(0, 1), mean over random directions: a cure of collapse."""
     w = F.normalize(torch.randn(features.shape[1], directions, device=features.device), dim=0)
     t = torch.linspace(0, 3, 17, device=features.device)
     x = (features.float() @ w)[:, :, None] * t  # (n, directions, 17)
@@ -282,11 +283,11 @@ def draw(model, dataset, history, out, args, amp):
     """masks.png: picture | context | the target blocks. predictions.png: picture | context | in the
     place of each target, the real patch whose target representation is nearest to the prediction
     | the same for the true representation, the best that could be. collapse.svg: the log."""
-    images, P, n = dataset.normalise(dataset.test_images[:8]), model.encoder.patch_size, model.encoder.grid
+    images, P, n = dataset.normalise(dataset.test_images[:8]), args.patch_size, model.encoder.grid
     torch.manual_seed(args.seed)
-    context_idx, target_idxs = sample_masks(len(images), n, args)
-    seen = lambda idx: torch.zeros(len(images), n * n).scatter(1, idx, 1).reshape(
-        -1, 1, n, n).repeat_interleave(P, 2).repeat_interleave(P, 3).to(images.device)
+    context_idx, target_idxs = sample_masks(len(images), n, args, images.device)
+    seen = lambda idx: F.interpolate(torch.zeros(len(idx), n * n, device=idx.device).scatter(
+        1, idx, 1).reshape(-1, 1, n, n), scale_factor=P)
     grey = lambda x, mask: x * mask + 0.5 * (1 - mask)
     pictures = dataset.denormalise(images)
     context = grey(pictures, seen(context_idx))
@@ -295,7 +296,6 @@ def draw(model, dataset, history, out, args, amp):
     data.save_chart(out / "collapse.svg", {key: [(row["step"], row[key]) for row in history]
                                            for key in ("feature_std", "effective_rank")}, "step",
                     "effective rank; standard deviation") if history else None
-    context_idx, target_idxs = context_idx.to(images.device), [t.to(images.device) for t in target_idxs]
     files = ["masks.png"] + ["collapse.svg"] * bool(history)
     if model.target == "pixels":
         return files
@@ -326,12 +326,12 @@ def parse_args(argv=None):
     parser.add("--masking", "multiblock", "which context and targets",
                choices=["multiblock", "block", "random", "raster"])
     parser.add("--targets", 4, "number of target blocks", type=number(int, 1, 16))
-    parser.add("--target-scale", 0.15, "least share of the picture of one; the greatest is 0.05 more",
+    parser.add("--target-scale", 0.15, "a block's least share of the picture; up to 0.05 more",
                type=number(float, 0.01, 0.9))
-    parser.add("--target", "output", "predict the target encoder's output on the whole picture, on "
-               "the block alone (input), or pixels", choices=["output", "input", "pixels"])
+    parser.add("--target", "output", "what to predict: the target encoder's output on the whole "
+               "picture, on the block alone, pixels", choices=["output", "input", "pixels"])
     parser.add("--centre", True, "centre targets", action=argparse.BooleanOptionalAction)
-    parser.add("--ema", 0.98, "first momentum of the average; the last is 1", type=number(float, 0, 1))
+    parser.add("--ema", 0.98, "first momentum of the average", type=number(float, 0, 1))
     parser.add("--no-ema", False, "targets from the encoder itself", action="store_true")
     parser.add("--no-stop-grad", False, "train through the targets, too", action="store_true")
     parser.add("--sigreg", 0.0, "weight of SIGReg", type=number(float, 0, 100))
@@ -387,10 +387,9 @@ def train(args):
         index = data.batch_index(len(dataset.train_images), args.batch_size, step, args.seed)
         x = dataset.train_images[index.to(device)]
         x = dataset.normalise(x if args.augment == "none" else data.augment(x))
-        context_idx, target_idxs = sample_masks(len(x), n, args)
+        context_idx, target_idxs = sample_masks(len(x), n, args, device)
         with amp:
-            loss, _ = loss_function(x, context_idx.to(device), [t.to(device) for t in target_idxs],
-                                    stop_grad=not args.no_stop_grad)
+            loss, _ = loss_function(x, context_idx, target_idxs, not args.no_stop_grad)
             if args.sigreg:
                 loss = loss + args.sigreg * sigreg(model.encoder(x).mean(1))
         optimizer.zero_grad()
@@ -400,10 +399,10 @@ def train(args):
         model.update_target(0 if args.no_ema else args.ema + (1 - args.ema) * step / args.steps)
         scores = dict(loss=steps.loss, seconds=steps.seconds(), images_seen=(step + 1) * len(x))
         if step % 50 == 0 or step + 1 == args.steps:
-            row = dict(step=step, images_seen=scores["images_seen"], loss=steps.loss, lr=rate,
+            row = dict(images_seen=scores["images_seen"], loss=steps.loss, lr=rate,
                        **collapse(model, dataset, amp))
-            history.append(row)
-            data.log(out / "log.csv", **row)
+            history.append(dict(step=step) | row)
+            data.log(out / "log.csv", step, **row)
         if steps.due(step):
             save(step + 1)
 
