@@ -137,23 +137,25 @@ class ImageGPT(nn.Module):
 
         `cached` keeps keys and values, so that a step costs one token; without, all so far.
         """
-        tokens, N = given, len(self.pos_embed)
-        caches = [Cache(N) for _ in self.blocks] if cached else [None] * len(self.blocks)
+        N, tokens = len(self.pos_embed), list(given.unbind(1))
+        caches = [Cache(N) if cached else None for _ in self.blocks]
         start = self.start.expand(len(given), 1, -1)
-        done = 0  # positions that the caches hold
-        for i in range(given.shape[1], N):
-            x = torch.cat([start, self.token_embed(tokens)], dim=1) + self.pos_embed[:i + 1]
-            x = x[:, done:]
-            for block, cache in zip(self.blocks, caches):
-                x = block(x, cache=cache)
-            done = i + 1 if cached else 0
-            logits = self.head(self.norm(x[:, -1])).float() / temperature  # (B, K)
-            if top_k:
-                least = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
-                logits = logits.masked_fill(logits < least, -math.inf)
-            next_ = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-            tokens = torch.cat([tokens, next_], dim=1)
-        return tokens
+        seen = torch.cat([start, self.token_embed(given)], dim=1)[:, :N]  # (B, n + 1, D)
+        seen = seen + self.pos_embed[:seen.shape[1]]
+        with torch.inference_mode():  # less bookkeeping a step than no_grad
+            for i in range(len(tokens), N):
+                x = seen
+                for block, cache in zip(self.blocks, caches):
+                    x = block(x, cache=cache)
+                logits = self.head(self.norm(x[:, -1])).float() / temperature  # (B, K)
+                if top_k:
+                    least = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
+                    logits = logits.masked_fill(logits < least, -math.inf)
+                tokens.append(torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0])
+                if i + 1 < N:
+                    new = (self.token_embed(tokens[-1]) + self.pos_embed[i + 1])[:, None]
+                    seen = new if cached else torch.cat([seen, new], dim=1)
+        return torch.stack(tokens, dim=1)
 
     @classmethod
     def from_pretrained(cls, path):
