@@ -1,6 +1,6 @@
 """Training pictures/s of a script's model and of Hugging Face's, in alternation within one run.
 
-    python tests/benchmark.py                      # vit, default sizes, float32 and bfloat16
+    python tests/benchmark.py                      # all, default sizes, float32 and bfloat16
     python tests/benchmark.py vit --image-size 224 --patch-size 16 --dim 768 --depth 12 --heads 12 --batch-size 8
 
 The peer is measured only where `transformers` is installed, with each attention that it offers; its
@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+import igpt  # noqa: E402
+import mae  # noqa: E402
 import vit  # noqa: E402
 
 
@@ -35,7 +37,52 @@ def peer_vit(o, labels, attention):
     return model, lambda x: F.cross_entropy(model(x).logits.float(), labels)
 
 
-MODELS = {"vit": (ours_vit, peer_vit)}
+def ours_mae(o, labels):
+    model = mae.MAE(o.image_size, o.patch_size, o.dim, o.depth, o.heads)
+    return model, lambda x: model(x)[0]
+
+
+def all_tokens(o, labels):
+    """The ablation: hidden patches enter the encoder as mask tokens."""
+    model = mae.MAE(o.image_size, o.patch_size, o.dim, o.depth, o.heads, encoder_sees_masks=True)
+    return model, lambda x: model(x)[0]
+
+
+def peer_mae(o, labels, attention):
+    import transformers
+    model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(
+        image_size=o.image_size, patch_size=o.patch_size, hidden_size=o.dim, num_hidden_layers=o.depth,
+        num_attention_heads=o.heads, intermediate_size=4 * o.dim, decoder_hidden_size=64, decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2, decoder_intermediate_size=256, attn_implementation=attention,
+        layer_norm_eps=1e-6))
+    return model, lambda x: model(x).loss
+
+
+def pixels(x, side=16, colours=64):
+    return (x[:, :1, :side, :side].flatten(1) * 1e4).long() % colours
+
+
+def ours_igpt(o, labels):
+    model = igpt.ImageGPT(16, o.dim, o.depth, o.heads)
+    return model, lambda x: model.loss(pixels(x))[0]
+
+
+def peer_igpt(o, labels, attention):
+    import transformers
+    model = transformers.ImageGPTForCausalImageModeling(transformers.ImageGPTConfig(
+        vocab_size=65, n_positions=256, n_embd=o.dim, n_layer=o.depth, n_head=o.heads, resid_pdrop=0, embd_pdrop=0,
+        attn_pdrop=0, attn_implementation=attention))
+    start = torch.full((o.batch_size, 1), 64, device=o.device)
+
+    def loss(x):
+        tokens = pixels(x)
+        logits = model(input_ids=torch.cat([start, tokens[:, :-1]], 1)).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+
+    return model, loss
+
+
+MODELS = {"vit": (ours_vit, peer_vit), "mae": (ours_mae, peer_mae), "igpt": (ours_igpt, peer_igpt)}
 
 
 class Trainer:
@@ -81,9 +128,13 @@ def measure(name, o):
     labels = torch.randint(o.classes, (o.batch_size,), device=o.device)
     ours, peer = MODELS[name]
     makers = {"ours": lambda: ours(o, labels)}
+    if name == "mae":
+        makers["ours, all tokens in the encoder"] = lambda: all_tokens(o, labels)
     try:
         import transformers  # noqa: F401
         makers |= {f"transformers {a}": lambda a=a: peer(o, labels, a) for a in ("eager", "sdpa")}
+        if name == "igpt":
+            del makers["transformers sdpa"]  # refused by this model
     except ImportError:
         print("transformers is not installed: no peer to compare with")
     rows = []
@@ -93,7 +144,7 @@ def measure(name, o):
             for trainer in trainers.values():
                 trainer.step()
         rate = {k: o.batch_size / statistics.median(t.times[o.warmup:]) for k, t in trainers.items()}
-        peers = [v for k, v in rate.items() if k != "ours"]
+        peers = [v for k, v in rate.items() if "ours" not in k]
         ratio = rate["ours"] / max(peers) if peers else None
         rows.append(dict(model=name, precision=precision, pictures_per_second=rate, ratio=ratio,
                          matrix_gmacs=matrix_rate(o.device, precision)))
