@@ -157,8 +157,8 @@ def read_encoder(path):
     if content.get("script") == "jepa":
         state = {k[15:]: v for k, v in state.items() if k.startswith("target_encoder.")}
     state = {k.removeprefix("module."): v for k, v in state.items()
-             if torch.is_tensor(v)
-             and not k.startswith(("decoder_", "mask_token", "pre_logits.fc"))}
+             if torch.is_tensor(v) and not k.startswith(
+                 ("decoder_", "mask_token", "encoder_mask_token", "pre_logits.fc"))}
     for key in [k for k in state if k.endswith(".gamma")]:  # DINOv2 scales each branch by a vector,
         name = key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
         gamma = state.pop(key)  # which is the same as scaling the last map of the branch

@@ -139,7 +139,8 @@ def test_google_npz(tmp_path, prefix, pre_logits):
 def test_encoder_only_releases(tmp_path):
     """MAE {"model"}, I-JEPA {"target_encoder"} with "module." and no class token, DINOv2 with layer scale."""
     state = random_state(head=False)
-    mae = {**state, "mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 64)}
+    mae = {**state, "mask_token": torch.zeros(1, 1, 8), "encoder_mask_token": torch.zeros(1, 1, 64),
+           "decoder_embed.weight": torch.zeros(8, 64)}
     torch.save({"model": mae}, tmp_path / "mae.pth")
     agree(ViT.from_pretrained(tmp_path / "mae.pth").double().features(IMAGES), reference(state, IMAGES, 1))
 
