@@ -217,7 +217,7 @@ def test_the_ablation_feeds_mask_tokens_to_the_encoder():
 
 def test_it_overfits_eight_pictures():
     torch.manual_seed(0)
-    model = MAE(16, 4, 64, 2, 2, decoder_dim=32, decoder_heads=2)
+    model = MAE(16, 4, 64, 2, 2, decoder_dim=32, decoder_depth=2, decoder_heads=2)
     images = torch.randn(8, 3, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
     noise, optimizer = torch.rand(8, 16), torch.optim.AdamW(model.parameters(), 5e-3)
     for _ in range(150):
