@@ -1,4 +1,4 @@
-"""CLIP: "Learning Transferable Visual Models From Natural Language Supervision", Radford et al. 2021.
+"""CLIP: "Learning Transferable Visual Models From Natural Language Supervision", Radford 2021.
 
 Show a batch of pictures and their captions to two encoders, and train both to tell which caption
 belongs to which picture. To do so they must find out what is in a picture and what words mean. From
@@ -30,7 +30,6 @@ import pathlib
 import re
 import sys
 import unicodedata
-import warnings
 import zipfile
 
 import torch
@@ -39,7 +38,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-from common import Attention, Block, LayerNorm, PatchEmbed, autocast, patchify, quick_gelu, sincos_2d
+from common import (Attention, Block, LayerNorm, PatchEmbed, autocast, patchify, quick_gelu,
+                    sincos_2d)
 
 
 def size(patch_size, dim, depth, text_dim, embed_dim, image_size=224):
@@ -51,7 +51,7 @@ def size(patch_size, dim, depth, text_dim, embed_dim, image_size=224):
 
 SIZES = {  # all but tiny are the paper's; dim of a ResNet: the width of its last 3 x 3 convolution
     "tiny": dict(image_encoder="vit", patch_size=4, dim=128, depth=4, heads=4,
-                 text_dim=128, text_depth=2, text_heads=4, embed_dim=128),
+                 text_dim=128, text_depth=2, text_heads=4, embed_dim=512),
     "B/32": size(32, 768, 12, 512, 512), "B/16": size(16, 768, 12, 512, 512),
     "L/14": size(14, 1024, 24, 768, 768), "L/14@336": size(14, 1024, 24, 768, 768, 336),
     "RN50": size(None, 512, (3, 4, 6, 3), 512, 1024),
@@ -59,28 +59,16 @@ SIZES = {  # all but tiny are the paper's; dim of a ResNet: the width of its las
     "RN50x4": size(None, 640, (4, 6, 10, 6), 640, 640, 288),
     "RN50x16": size(None, 768, (6, 8, 18, 8), 768, 768, 384),
     "RN50x64": size(None, 1024, (3, 15, 36, 10), 1024, 1024, 448)}
-
 SOS, EOS = "<|startoftext|>", "<|endoftext|>"
-PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that print as themselves
-BYTES = {b: chr(b) for b in PLAIN}  # byte -> the character that stands for it; the order is the ids'
-BYTES |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in PLAIN)}
+BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]  # those that print as themselves
+BYTES = {b: chr(b) for b in BYTES} | {  # byte -> the character that stands for it, in ids' order
+    b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in BYTES)}
 CLEAN = dict.fromkeys([*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF,
                        *range(0xFFF9, 0xFFFD)])  # control characters go; ligatures, quotes and
-CLEAN |= zip(map(ord, "ĲĳŉǄǅǆǇǈǉǊǋǌǱǲǳﬀﬁﬂﬃﬄﬅﬆʼ‘’‚‛“”„‟"),  # full-width forms become plain
+CLEAN |= zip(map(ord, "ĲĳŉǄǅǆǇǈǉǊǋǌǱǲǳﬀﬁﬂﬃﬄﬅﬆʼ‘’‚‛“”„‟"),  # wide letters become plain
              "IJ ij 'n DŽ Dž dž LJ Lj lj NJ Nj nj DZ Dz dz ff fi fl ffi ffl ſt st "
              "' ' ' ' ' \" \" \" \"".split())
 CLEAN |= {c: unicodedata.normalize("NFKC", chr(c)) for c in (0x3000, *range(0xFF01, 0xFFEF))}
-
-
-def merge(symbols, pair):
-    """("l", "o", "l", "o"), ("l", "o") -> ("lo", "lo"): every occurrence, from the left."""
-    out = []
-    for symbol in symbols:
-        if out and (out[-1], symbol) == pair:
-            out[-1] += symbol
-        else:
-            out.append(symbol)
-    return tuple(out)
 
 
 def clean(text):
@@ -92,6 +80,17 @@ def symbols(word):
     """"low" -> ("l", "o", "w</w>")."""
     *first, last = (BYTES[byte] for byte in word.encode("utf8", "replace"))
     return *first, last + "</w>"
+
+
+def merge(parts, pair):
+    """("l", "o", "l", "o"), ("l", "o") -> ("lo", "lo"): every occurrence, from the left."""
+    out = []
+    for part in parts:
+        if out and (out[-1], part) == pair:
+            out[-1] += part
+        else:
+            out.append(part)
+    return tuple(out)
 
 
 class Tokenizer:
@@ -109,7 +108,7 @@ class Tokenizer:
         self.rank = {pair: i for i, pair in enumerate(pairs)}
         tokens = [*BYTES.values(), *(c + "</w>" for c in BYTES.values()), *map("".join, pairs)]
         self.ids = {token: i for i, token in enumerate([*tokens, SOS, EOS])}
-        self.vocab_size, kinds = len(tokens) + 2, {"L": "", "N": ""}  # letters and numbers, ranges
+        self.vocab_size, kinds = len(tokens) + 2, {"L": "", "N": ""}  # letters and numbers
         for kind, run in itertools.groupby(map(chr, range(sys.maxunicode + 1)),
                                            lambda c: unicodedata.category(c)[0]):
             if kind in kinds:
@@ -121,8 +120,8 @@ class Tokenizer:
     @classmethod
     def train(cls, texts, vocab_size):
         """Starts from bytes and joins the most frequent pair of neighbours, again and again."""
-        start, merges = cls([]), []
-        words = collections.Counter(word for text in texts for word in start.words(clean(text)))
+        find, merges = cls([]).words, []
+        words = collections.Counter(word for text in texts for word in find(clean(text)))
         words = {symbols(word): n for word, n in words.items()}
         while len(merges) < vocab_size - 514:
             pairs = collections.Counter()
@@ -142,13 +141,13 @@ class Tokenizer:
         with data.refuse(f"{path}: holds no tokenizer"):
             if not str(path).endswith(".gz"):
                 return cls(data.load_checkpoint(path, "clip")["args"]["merges"])
-            with gzip.open(path, "rt", encoding="utf8") as file:
-                return cls(file.read().split("\n")[1:48895])  # it holds more, which are not used
+            with gzip.open(path, "rt", encoding="utf8") as file:  # a header, and far too many
+                return cls(file.read().rstrip("\n").split("\n")[1:48895])
 
     def encode(self, text):
         """A text -> the list of its tokens' ids, without [SOS] and [EOS]."""
         words = self.words(clean(text))
-        for word in {*words} - {*self.known}:
+        for word in {*words} - self.known.keys():
             parts = (word,) if word in (SOS, EOS) else symbols(word)
             while pairs := [pair for pair in zip(parts, parts[1:]) if pair in self.rank]:
                 parts = merge(parts, min(pairs, key=self.rank.get))
@@ -157,18 +156,14 @@ class Tokenizer:
 
     def __call__(self, texts, context_length=77, truncate=False):
         """A text or B of them -> ids (B, 77) int64: [SOS], the text, [EOS], zeros."""
-        out = torch.zeros(len(texts := [texts] if isinstance(texts, str) else texts), context_length,
-                          dtype=torch.int64)
-        for row, text in zip(out, texts):
-            ids = self.encode(text)
-            if len(ids) > context_length - 2 and not truncate:
-                raise data.UserError(f"{text[:50]!r}...: {len(ids)} tokens, {context_length - 2} fit")
-            ids = [self.ids[SOS], *ids[:context_length - 2], self.ids[EOS]]
-            row[:len(ids)] = torch.tensor(ids)
-        return out
+        out = []
+        for text in [texts] if isinstance(texts, str) else texts:
+            ids, n = self.encode(text), context_length - 2
+            if len(ids) > n and not truncate:
+                raise data.UserError(f"{text[:50]!r}...: {len(ids)} tokens, {n} fit")
+            out.append([self.ids[SOS], *ids[:n], self.ids[EOS]] + [0] * (n - len(ids)))
+        return torch.tensor(out)
 
-
-# ------------------------------------------------------------------------------------------ encoders
 
 norm = functools.partial(LayerNorm, eps=1e-5)
 
@@ -195,9 +190,9 @@ class ViT(nn.Module):
 
 
 def conv(channels, width, side, stride=1):
-    """Convolution, batch norm, ReLU: layers for an nn.Sequential."""
-    return (nn.Conv2d(channels, width, side, stride, side // 2, bias=False), nn.BatchNorm2d(width),
-            nn.ReLU())
+    """Convolution, batch norm, ReLU."""
+    return (nn.Conv2d(channels, width, side, stride, side // 2, bias=False),
+            nn.BatchNorm2d(width), nn.ReLU())
 
 
 class Bottleneck(nn.Module):
@@ -207,8 +202,8 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.body = nn.Sequential(*conv(channels, width, 1), *conv(width, width, 3),
                                   nn.AvgPool2d(stride), *conv(width, 4 * width, 1)[:2])
-        self.shortcut = nn.Sequential(nn.AvgPool2d(stride), *conv(channels, 4 * width, 1)[:2]) \
-            if stride > 1 or channels != 4 * width else nn.Identity()
+        self.shortcut = nn.Identity() if channels == 4 * width else nn.Sequential(
+            nn.AvgPool2d(stride), *conv(channels, 4 * width, 1)[:2])
 
     def forward(self, x):
         return F.relu(self.body(x) + self.shortcut(x))
@@ -225,9 +220,9 @@ class ResNet(nn.Module):
         super().__init__()
         depth = (depth - depth // 2, depth // 2) if isinstance(depth, int) else depth
         w, self.patch_size = dim >> (len(depth) - 1), 2 << len(depth)
-        if image_size % self.patch_size or dim % max(16, 1 << len(depth)) or not all(depth):
+        if image_size % self.patch_size or dim % 16 or dim % (1 << len(depth)) or not all(depth):
             raise data.UserError(f"a ResNet of {len(depth)} stages needs --image-size divisible by "
-                                 f"{self.patch_size}, --dim by {max(16, 1 << len(depth))}, --depth >= 2")
+                                 f"{self.patch_size}, --dim by 16, --depth of at least 2")
         self.grid = image_size // self.patch_size
         self.stem = nn.Sequential(*conv(3, w // 2, 3, stride=2), *conv(w // 2, w // 2, 3),
                                   *conv(w // 2, w, 3), nn.AvgPool2d(2))
@@ -257,7 +252,7 @@ class TextTransformer(nn.Module):
         self.norm = norm(dim)
 
     def tokens(self, ids, before=()):
-        """ids (B, n) -> (B, n, D); `before` [(B, m, D)]: tokens to begin with, left out at the end."""
+        """ids (B, n) -> (B, n, D). before [(B, m, D)]: tokens to begin with, dropped at the end."""
         x = self.token_embed(ids) + self.pos_embed[:ids.shape[1]]  # (B, n, D)
         x = self.blocks(torch.cat([*before, x], dim=1))  # (B, m + n, D)
         return self.norm(x[:, -ids.shape[1]:])
@@ -281,9 +276,6 @@ class CBOW(nn.Module):
         return (self.token_embed(ids) * inside).sum(1) / (eos + 1)
 
 
-# ---------------------------------------------------------------------------------------------- CLIP
-
-
 def l2_normalize(x, axis):
     x = x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 is too coarse for cosines
     return x / x.norm(dim=axis, keepdim=True)
@@ -292,37 +284,39 @@ def l2_normalize(x, axis):
 class CLIP(nn.Module):
     """images (B, 3, H, H), normalised, ids (B, 77) -> logits (B, B), a row for each image."""
 
-    def __init__(self, image_size=32, patch_size=4, dim=128, depth=4, heads=4, embed_dim=128,
+    def __init__(self, image_size=32, patch_size=4, dim=128, depth=4, heads=4, embed_dim=512,
                  text_dim=128, text_depth=2, text_heads=4, vocab_size=1024, context_length=77,
                  image_encoder="vit", text_encoder="transformer"):
         super().__init__()
-        vit, d_i, d_t = image_encoder == "vit", dim if image_encoder == "vit" else 4 * dim, text_dim
+        vit = image_encoder == "vit"
         self.image_encoder = (ViT(image_size, patch_size, dim, depth, heads) if vit else
                               ResNet(image_size, dim, depth))
-        self.text_encoder = (CBOW(vocab_size, d_t) if text_encoder == "cbow" else
-                             TextTransformer(vocab_size, context_length, d_t, text_depth, text_heads))
-        self.W_i = nn.Linear(d_i, embed_dim, bias=not vit)
-        self.W_t = nn.Linear(d_t, embed_dim, bias=False)
+        self.text_encoder = CBOW(vocab_size, text_dim) if text_encoder == "cbow" else \
+            TextTransformer(vocab_size, context_length, text_dim, text_depth, text_heads)
+        self.W_i = nn.Linear(dim if vit else 4 * dim, embed_dim, bias=not vit)
+        self.W_t = nn.Linear(text_dim, embed_dim, bias=False)
         self.t = nn.Parameter(torch.tensor(0.0))
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """The authors', but for the tables and patches: see "Differences"."""
+        """Normal, by the ends of names; t = ln(1 / 0.07); PyTorch's own for what is not named."""
         image, d_i, d_t = self.image_encoder, self.W_i.in_features, self.W_t.in_features
         deep = (2 * d_t * len(getattr(self.text_encoder, "blocks", [0]))) ** -0.5
         stds = {"W_i.weight": d_i**-0.5, "W_t.weight": d_t**-0.5, "cls_token": d_i**-0.5,
-                "text_encoder.token_embed.weight": 0.5, "text_encoder.pos_embed": 0.1,
-                "image_encoder.pos_embed": d_i**-0.5,
-                "pool.qkv.weight": d_i**-0.5, "attn.qkv.bias": 0, "attn.proj.bias": 0,
+                "image_encoder.pos_embed": d_i**-0.5, "pool.qkv.weight": d_i**-0.5,
+                "token_embed.weight": 0.5, "text_encoder.pos_embed": 0.1,
+                "attn.qkv.bias": 0, "attn.proj.bias": 0, "fc1.bias": 0, "fc2.bias": 0,
                 "body.8.weight": 0}  # each layer of a ResNet starts as the identity
-        text = {"attn.qkv.weight": d_t**-0.5, "attn.proj.weight": deep,
-                "fc1.weight": (2 * d_t) ** -0.5, "fc2.weight": deep}
+        blocks = {"image": {"attn.qkv.weight": d_i**-0.5, "attn.proj.weight": d_i**-0.5,
+                            "fc1.weight": (2.5 * d_i) ** -0.5, "fc2.weight": (2.5 * d_i) ** -0.5},
+                  "text_": {"attn.qkv.weight": d_t**-0.5, "attn.proj.weight": deep,
+                            "fc1.weight": (2 * d_t) ** -0.5, "fc2.weight": deep}}
         for module in self.modules():
             if hasattr(module, "reset_parameters"):
-                module.reset_parameters()  # PyTorch's own, where nothing follows
+                module.reset_parameters()
         for name, p in self.named_parameters():
-            for end, std in (stds | (text if name.startswith("text_encoder.") else {})).items():
+            for end, std in (stds | blocks.get(name[:5], {})).items():
                 if name.endswith(end):
                     nn.init.normal_(p, std=std)
         nn.init.constant_(self.t, math.log(1 / 0.07))
@@ -342,7 +336,7 @@ class CLIP(nn.Module):
         return self.logits(I_e, T_e)
 
     def logits(self, I_e, T_e):
-        with torch.autocast(I_e.device.type, enabled=False):  # bfloat16 is too coarse for cosines
+        with torch.autocast(I_e.device.type, enabled=False):
             return (I_e @ T_e.T) * torch.exp(self.t)
 
     def loss(self, I, T):
@@ -365,7 +359,7 @@ class CLIP(nn.Module):
         return self.W_t(self.text_encoder(ids))  # (B, d_e), not normalised
 
     def classifier(self, prompts):
-        """Slide "Zero-Shot", (2): prompts (K, M, 77), M for each class -> images -> logits (B, K)."""
+        """Slide "Zero-Shot", (2): prompts (K, M, 77), M a class -> a function, images -> (B, K)."""
         T_e = [l2_normalize(self.encode_text(T), axis=1) for T in prompts.flatten(0, 1).split(400)]
         T_e = torch.cat(T_e).unflatten(0, prompts.shape[:2])  # (K, M, d_e)
         classes = l2_normalize(T_e.mean(1), axis=1)  # of an ensemble of prompts, the mean
@@ -379,53 +373,51 @@ class CLIP(nn.Module):
         you trust, and keep the tensors: torch.save(torch.jit.load(path).state_dict(), "plain.pt").
         The model comes in eval mode, which a ResNet needs.
         """
-        content = read_archive(path) or data.load_checkpoint(path)
+        with data.refuse(f"{path}: not a whole TorchScript archive"):
+            archive = zipfile.is_zipfile(path) and any(
+                name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist())
+            content = (torch.jit.load(path, map_location="cpu").state_dict() if archive
+                       else data.load_checkpoint(path))
         own = content.get("script") == "clip"
         with data.refuse(f"{path}: does not hold a CLIP"):
-            state, args = (content["model"], content["args"]) if own else (read_openai(content), {})
+            state, args = (content["model"], content["args"]) if own else (openai(content), {})
             if args.get("objective", "contrastive") != "contrastive":
                 raise ValueError(f"it was trained with --objective {args['objective']}")
-            count = lambda name: len({m[1] for k in state if (m := re.match(name + r"\.(\d+)\.", k))})
-            vit, stages = "image_encoder.cls_token" in state, count("image_encoder.stages")
-            if vit:
-                dim, _, _, P = state["image_encoder.patch_embed.proj.weight"].shape
-                depth = count("image_encoder.blocks")
+            image = {k[14:]: v for k, v in state.items() if k.startswith("image_encoder.")}
+            text = {k[13:]: v for k, v in state.items() if k.startswith("text_encoder.")}
+            count = lambda names, start: len({name[len(start):].split(".")[0] for name in names
+                                              if name.startswith(start)})
+            if vit := "cls_token" in image:
+                dim, _, _, P = image["patch_embed.proj.weight"].shape
+                depth = count(image, "blocks.")
             else:
-                dim, P = len(state["image_encoder.pool.qkv.bias"]) // 12, 2 << stages
-                depth = [count(f"image_encoder.stages.{i}") for i in range(stages)]
-            vocab_size, width = state["text_encoder.token_embed.weight"].shape
-            places = len(state.get("text_encoder.pos_embed", []))
-            model = cls(P * math.isqrt(len(state["image_encoder.pos_embed"]) - 1), P, dim, depth,
-                        args.get("heads") or dim // 64, len(state["W_t.weight"]), width,
-                        count("text_encoder.blocks"), args.get("text_heads") or width // 64, vocab_size,
+                depth = [count(image, f"stages.{i}.") for i in range(count(image, "stages."))]
+                dim, P = len(image["pool.qkv.bias"]) // 12, 2 << len(depth)
+            vocab_size, d_t = text["token_embed.weight"].shape
+            places = len(text.get("pos_embed", []))
+            model = cls(P * math.isqrt(len(image["pos_embed"]) - 1), P, dim, depth,
+                        args.get("heads") or dim // 64, len(state["W_t.weight"]), d_t,
+                        count(text, "blocks."), args.get("text_heads") or d_t // 64, vocab_size,
                         places, "vit" if vit else "resnet", "transformer" if places else "cbow")
             model.load_state_dict(state)
+            model.released = not own
         return model.eval()
-
-
-def read_archive(path):
-    """The tensors of a TorchScript archive (see from_pretrained); None if the file is none."""
-    with data.refuse(f"{path}: not a whole TorchScript archive"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch is giving the format up; the files stay as they are
-        if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl")
-                                            for name in zipfile.ZipFile(path).namelist()):
-            return torch.jit.load(path, map_location="cpu").state_dict()
 
 
 OPENAI = {  # their names -> ours: regular expressions, each applied to what the one before left
     r"visual\.attnpool\.c_proj": "W_i", r"visual\.proj": "W_i.weight", "visual": "image_encoder",
-    "^(?=transformer|token_emb|positional|ln_final)": "text_encoder.", "text_projection": "W_t.weight",
-    r"(transformer|attnpool)\.": "", "token_embedding": "token_embed", "logit_scale": "t",
-    "positional_embedding": "pos_embed", "class_embedding": "cls_token", "resblocks": "blocks",
-    "in_proj_": "qkv.", "out_proj": "proj", "ln_(?=[12p])": "norm", "normpre": "norm_pre",
-    "normpost|ln_final": "norm", "c_fc": "fc1", "c_proj": "fc2",
-    r"layer(\d)": lambda m: f"stages.{int(m[1]) - 1}", r"downsample\.(\d)":
-        lambda m: f"shortcut.{int(m[1]) + 1}", r"(stages\.\d+\.\d+)\.(conv|bn)(\d)":
-        lambda m: f"{m[1]}.body.{'037'[int(m[3]) - 1] if m[2] == 'conv' else '148'[int(m[3]) - 1]}",
+    "^(?=transformer|token_emb|positional|ln_final)": "text_encoder.", "logit_scale": "t",
+    r"(transformer|attnpool)\.": "", "token_embedding": "token_embed", "resblocks": "blocks",
+    "positional_embedding": "pos_embed", "class_embedding": "cls_token", "in_proj_": "qkv.",
+    "text_projection": "W_t.weight", "out_proj": "proj", "ln_(?=[12])": "norm", "c_fc": "fc1",
+    "ln_pre": "norm_pre", "ln_(post|final)": "norm", "c_proj": "fc2",
+    r"layer(\d)": lambda m: f"stages.{int(m[1]) - 1}",
+    r"downsample\.(\d)": lambda m: f"shortcut.{int(m[1]) + 1}",
+    r"(\d)\.(conv|bn)(\d)": lambda m: f"{m[1]}.body.{int('037148'[int(m[3]) - 1 + 3 * (m[2] == 'bn')])}",
     r"encoder\.(conv|bn)(\d)": lambda m: f"encoder.stem.{3 * int(m[2]) - 3 + (m[1] == 'bn')}"}
 
 
-def read_openai(content):
+def openai(content):
     """A state dict in OpenAI's names -> in ours."""
     state, vit = {}, "visual.proj" in content
     for name, tensor in content.items():
@@ -434,19 +426,16 @@ def read_openai(content):
             name = re.sub(theirs, ours, name)
         if name not in ("input_resolution", "context_length", "vocab_size"):  # no weights
             state[name] = tensor
-    for name in ("W_i.weight", "W_t.weight") if vit else ("W_t.weight",):
-        state[name] = state[name].T  # W_i of a ResNet is a linear layer's in their file, too
+    for name in ("W_t.weight", "W_i.weight")[:1 + vit]:
+        state[name] = state[name].T
     for part in () if vit else ("weight", "bias"):
         state["image_encoder.pool.qkv." + part] = torch.cat(
             [state.pop(f"image_encoder.{q}_proj.{part}") for q in "qkv"])
     return state
 
 
-# ------------------------------------------------------- what the contrastive loss was compared with
-
-
 class BagOfWords(nn.Module):
-    """From the picture, predict the tokens of its caption, in whatever order."""
+    """Before CLIP, 1: from the picture, predict the tokens of its caption, in whatever order."""
 
     def __init__(self, clip):
         super().__init__()
@@ -457,8 +446,8 @@ class BagOfWords(nn.Module):
         """(..., 77) -> (..., V), summing to 1: equal shares of the tokens from [SOS] to [EOS]."""
         place, eos = torch.arange(ids.shape[-1], device=ids.device), ids.argmax(-1, keepdim=True)
         share = ((place > 0) & (place < eos)) / (eos - 1).clamp(min=1)
-        return torch.zeros(*ids.shape[:-1], self.head.out_features,
-                           device=ids.device).scatter_add(-1, ids, share)
+        zeros = share.new_zeros(*ids.shape[:-1], self.head.out_features)
+        return zeros.scatter_add(-1, ids, share)
 
     def loss(self, images, ids):
         logits = self.head(self.clip.features(images)).float()  # (B, V)
@@ -470,7 +459,7 @@ class BagOfWords(nn.Module):
 
 
 class Captioner(nn.Module):
-    """From the picture, as four tokens to begin with, write its caption token by token."""
+    """Before CLIP, 2: with the picture as four tokens to begin with, write its caption."""
 
     def __init__(self, clip):
         super().__init__()
@@ -500,9 +489,6 @@ class Captioner(nn.Module):
 OBJECTIVES = {"contrastive": lambda clip: clip, "bow": BagOfWords, "caption": Captioner}
 
 
-# ---------------------------------------------------------------------------- evaluation and pictures
-
-
 def zero_shot_task(dataset):
     """-> K names, M templates (the first alone is "one prompt"), {part: (pictures, right names)}.
 
@@ -510,8 +496,8 @@ def zero_shot_task(dataset):
     Other data sets: their class names, in CLIP's templates for CIFAR.
     """
     if dataset.name != "shapes":
-        return dataset.class_names, data.CIFAR_TEMPLATES, {
-            "seen": (dataset.test_images, dataset.test_labels)}
+        seen = dataset.test_images, dataset.test_labels
+        return dataset.class_names, data.CIFAR_TEMPLATES, {"seen": seen}
     names = [f"{colour} {shape}" for shape in data.SHAPES for colour in data.COLOURS]
     find = lambda captions: torch.tensor([next(k for k, name in enumerate(names) if name in caption)
                                           for caption in captions], device=dataset.mean.device)
@@ -523,7 +509,7 @@ def zero_shot_task(dataset):
 
 
 def zero_shot(model, dataset, parts, prompts, amp, limit=None):
-    """prompts (K, M, 77) -> accuracy on `limit` pictures of each part, as in the slide's (3)."""
+    """Slide "Zero-Shot", (3): prompts (K, M, 77) -> accuracy on `limit` pictures of each part."""
     with torch.no_grad(), amp:
         classify = model.classifier(prompts)
     return {f"zero_shot_{part}": (data.extract(classify, dataset, images[:limit], amp).argmax(1)
@@ -535,8 +521,8 @@ def retrieval(model, dataset, tokenizer, amp, n=1000):
     """Recall at 1, 5 and 10 among n test pairs: texts of an image, images of a text. Right is what
     says the same: captions of the same words, but for fillers and commas, in whatever order."""
     images, captions = dataset.test_images[:n], dataset.test_captions[:n]
+    ids = tokenizer(captions, truncate=True).to(images.device)
     with torch.no_grad(), amp:
-        ids = tokenizer(captions, truncate=True).to(images.device)
         T_e = l2_normalize(torch.cat([model.encode_text(T) for T in ids.split(200)]), axis=1)
     I_e = l2_normalize(data.extract(model.encode_image, dataset, images, amp), axis=1)
     said = [frozenset(c.replace(",", "").split()) - {"a", "one", "there", "is"} for c in captions]
@@ -546,19 +532,27 @@ def retrieval(model, dataset, tokenizer, amp, n=1000):
         ("image_to_text", I_e @ T_e.T), ("text_to_image", T_e @ I_e.T))}
 
 
+def multiply_adds(encoder, image_size):
+    """The arithmetic of an image encoder for one picture."""
+    picture = torch.empty(1, 3, image_size, image_size, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        copy.deepcopy(encoder).eval().to("meta")(picture)
+    return counter.get_total_flops() / 2
+
+
 @torch.no_grad()
 def draw(model, dataset, tokenizer, prompts, names, parts, out, amp):
-    """similarity.png: 12 test pictures, and a row for each one's caption, darker if more similar.
-    prompts.png: pictures, each with bars for its five likeliest prompts, the right one in green."""
-    shown = [(image, right.item()) for images, rights in parts.values()
-             for image, right in zip(images[:16 // len(parts)], rights)]
+    """prompts.png: pictures, each with bars for its five likeliest prompts, the right one in green.
+    similarity.png: 12 test pictures, and a row for each one's caption, darker where closer."""
+    shown = [(image, k) for images, right in parts.values()
+             for image, k in zip(images[:16 // len(parts)], right.tolist())]
+    sheet, H = [], dataset.image_size
     with amp:
         logits = model.classifier(prompts)(dataset.normalise(torch.stack([x for x, _ in shown])))
-    sheet, H = [], dataset.image_size
     for (image, right), p in zip(shown, logits.softmax(1).tolist()):
         ranked = sorted(range(len(p)), key=lambda k: -p[k])
+        print(f"{names[right]} ({p[right]:.1%}) ranked {ranked.index(right) + 1} out of {len(p)}")
         bars = torch.full((3, H, H), 255, dtype=torch.uint8)
-        print(f"prompts.png: {names[right]} ({p[right]:.1%}), rank {ranked.index(right) + 1} of {len(p)}")
         for i, k in enumerate(ranked[:5]):
             print(f"    {'✓' if k == right else '✗'} {names[k]} {p[k]:.1%}")
             colour = torch.tensor((50, 160, 80) if k == right else (205, 90, 80))[:, None, None]
@@ -570,7 +564,7 @@ def draw(model, dataset, tokenizer, prompts, names, parts, out, amp):
     images, captions = dataset.test_images[:12], dataset.test_captions[:12]
     with amp:
         ids = tokenizer(captions, truncate=True).to(images.device)
-        shade = model(dataset.normalise(images), ids).T[:, :, None, None, None]  # (text, image, ...)
+        shade = model(dataset.normalise(images), ids).T[:, :, None, None, None]  # (text, image)
     shade = (shade - shade.min()) / (shade.max() - shade.min())
     ink = torch.tensor([1, 0.7, 0.3], device=images.device)[:, None, None].expand(3, H, H)
     sheet = torch.cat([images[None] / 255, 1 - shade * ink]).flatten(0, 1)
@@ -579,22 +573,28 @@ def draw(model, dataset, tokenizer, prompts, names, parts, out, amp):
     return ["prompts.png", "similarity.png"]
 
 
-def macs(encoder, image_size):
-    """Multiply-adds of the image encoder for one picture."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        copy.deepcopy(encoder).eval().to("meta")(torch.empty(1, 3, image_size, image_size, device="meta"))
-    return counter.get_total_flops() / 2
+def charts(out, folders):
+    """Zero-shot accuracy against pictures and against arithmetic, of this run and of others."""
+    pictures, arithmetic = {}, {}
+    for folder in map(pathlib.Path, [out, *folders]):
+        with data.refuse(f"--compare {folder}: holds no zero_shot.csv of clip.py"):
+            lines = (folder / "zero_shot.csv").read_text().splitlines()[1:]
+            rows = [[float(v) for v in line.split(",")] for line in lines]
+        pictures[folder.name] = [(row[1], row[3]) for row in rows]
+        arithmetic[folder.name] = [(row[2], row[3]) for row in rows]
+    words = "zero-shot accuracy, one prompt"
+    data.save_chart(out / "zero_shot.svg", pictures, "pictures seen", words)
+    data.save_chart(out / "arithmetic.svg", arithmetic, "10^12 multiply-adds of the image encoder",
+                    words)
+    return ["zero_shot.svg", "arithmetic.svg"]
 
 
-def evaluate(model, dataset, tokenizer, task, scores, out, args, amp):
+def evaluate(model, dataset, tokenizer, prompts, names, parts, scores, out, args, amp):
     """Adds every score to `scores`, draws the pictures and returns their names."""
-    names, prompts, parts = task
-    scores["chance"] = 1 / len(names)
-    if args.objective != "caption":  # for which each prompt is a pass: it knows one alone
-        scores |= zero_shot(model, dataset, parts, prompts, amp)
+    scores["chance"], clip = 1 / len(names), model if isinstance(model, CLIP) else model.clip
     one = zero_shot(model, dataset, parts, prompts[:, :1], amp)
+    scores |= one if args.objective == "caption" else zero_shot(model, dataset, parts, prompts, amp)
     scores |= {key + "_one_prompt": value for key, value in one.items()}
-    clip = model if isinstance(model, CLIP) else model.clip
     if clip is model:
         scores |= retrieval(model, dataset, tokenizer, amp)
     untrained = copy.deepcopy(clip)
@@ -604,40 +604,33 @@ def evaluate(model, dataset, tokenizer, task, scores, out, args, amp):
     return draw(model, dataset, tokenizer, prompts, names, parts, out, amp)
 
 
-def charts(out, folders):
-    """Zero-shot accuracy against pictures seen and against arithmetic, of this and other runs."""
-    seen, spent = {}, {}
-    for folder in [out, *map(pathlib.Path, folders)]:
-        with data.refuse(f"--compare {folder}: no zero_shot.csv of a run"):
-            rows = [line.split(",") for line in (folder / "zero_shot.csv").read_text().splitlines()[1:]]
-            seen[folder.name] = [(float(n), float(y)) for _, n, _, y, *_ in rows]
-            spent[folder.name] = [(float(x), float(y)) for _, _, x, y, *_ in rows]
-    data.save_chart(out / "zero_shot.svg", seen, "pictures seen", "zero-shot accuracy, one prompt")
-    data.save_chart(out / "arithmetic.svg", spent, "10^12 multiply-adds, image encoder forward",
-                    "zero-shot accuracy, one prompt")
-    return ["zero_shot.svg", "arithmetic.svg"]
-
-
 def parse_args(argv=None):
     parser, number = data.Parser(__doc__), data.number
     data.common_options(parser, "clip", SIZES, steps=1000, batch_size=64, lr=1e-3)
     parser.add("--warmup", 100, "steps of linear warm-up", type=number(int, 0))
     parser.add("--weight-decay", 0.05, "of matrices", type=number(float, 0, 10))
-    parser.add("--augment", "light", "light: shift; and flip, but for shapes: left is left",
-               choices=["none", "light"])
-    parser.add("--objective", "contrastive", "what to learn from captions", choices=OBJECTIVES)
+    parser.add("--augment", "light", "light: shift, flip; of shapes, whose captions say left and "
+               "right, a small shift", choices=["none", "light"])
+    parser.add("--objective", "contrastive", "bow: predict the words; caption: write them",
+               choices=OBJECTIVES)
     parser.add("--image-encoder", None, "not the size's own", choices=["vit", "resnet"])
-    parser.add("--text-encoder", "transformer", "cbow: a bag of words",
+    parser.add("--text-encoder", "transformer", "cbow: the mean of the tokens' vectors",
                choices=["transformer", "cbow"])
-    parser.add("--embed-dim", None, "width of the joint embedding", type=number(int, 1, 65536))
-    for name, what in (("dim", "width"), ("depth", "layers"), ("heads", "attention heads")):
-        parser.add(f"--text-{name}", None, f"{what} of the text encoder, not the size's own",
-                   type=number(int, 1, 65536))
+    for name, what in (("embed-dim", "width of the joint embedding"),
+                       ("text-dim", "width of the text encoder"), ("text-depth", "its layers"),
+                       ("text-heads", "its attention heads")):
+        parser.add(f"--{name}", None, f"{what}, not the size's own", type=number(int, 1, 65536))
     parser.add("--tokenizer", None, "OpenAI's bpe_simple_vocab_16e6.txt.gz; else learn one")
-    parser.add("--vocab-size", 1024, "of a tokenizer learned from captions, at most",
-               type=number(int, 514))
+    parser.add("--vocab-size", 1024, "most tokens to learn", type=number(int, 514))
     parser.add("--compare", [], "folders of other runs, for the charts", nargs="+")
-    return data.parse(parser, "clip", SIZES, argv)
+    args = data.parse(parser, "clip", SIZES, argv)
+    if args.text_dim % args.text_heads:
+        raise data.UserError(f"--text-heads {args.text_heads} must divide --text-dim "
+                             f"{args.text_dim}")
+    for folder in args.compare:
+        if not (pathlib.Path(folder) / "zero_shot.csv").is_file():
+            raise data.UserError(f"--compare {folder}: not the --out folder of a run of clip.py")
+    return args
 
 
 def learning_rate(step, args):
@@ -666,7 +659,7 @@ def train(args):
         model = CLIP(args.image_size, args.patch_size, args.dim, args.depth, args.heads,
                      args.embed_dim, args.text_dim, args.text_depth, args.text_heads,
                      tokenizer.vocab_size, 77, args.image_encoder, args.text_encoder)
-        work = macs(model.image_encoder, args.image_size)
+        work = multiply_adds(model.image_encoder, args.image_size) / 1e12
         model = OBJECTIVES[args.objective](model)
     model.to(device)
     groups = [dict(params=[p for p in model.parameters() if (p.ndim > 1) == decays],
@@ -686,35 +679,34 @@ def train(args):
         for group in optimizer.param_groups:
             group["lr"] = rate
         index = data.batch_index(len(texts), args.batch_size, step, args.seed).to(device)
-        x = dataset.train_images[index]
-        if args.augment == "light":
-            x = data.augment(x, pad=1, flip=False) if dataset.name == "shapes" else data.augment(x)
+        x, far = dataset.train_images[index], dataset.name != "shapes"
+        x = x if args.augment == "none" else data.augment(x, pad=4 if far else 1, flip=far)
         with amp:
             loss, _ = loss_function(dataset.normalise(x), texts[index])
         optimizer.zero_grad()
         loss.backward()
         steps.check(step, loss, nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         optimizer.step()
-        if args.objective == "contrastive":  # e^t is at most 100
+        if args.objective == "contrastive":  # "clipped to prevent scaling the logits by over 100"
             model.t.data.clamp_(max=math.log(100))
         scores = dict(loss=steps.loss, seconds=steps.seconds(), images_seen=(step + 1) * len(x))
         if step % 10 == 0 or step + 1 == args.steps:
             data.log(out / "log.csv", step, images_seen=scores["images_seen"], loss=steps.loss,
                      lr=rate)
-        if (step + 1) % max(1, args.steps // 12) == 0:
+        if (step + 1) % max(1, args.steps // 10) == 0:
             model.eval()
             found = zero_shot(model, dataset, parts, prompts[:, :1], amp, limit=500)
             model.train()
             data.log(out / "zero_shot.csv", step, images_seen=scores["images_seen"],
-                     tera=scores["images_seen"] * work / 1e12, **found)
+                     multiply_adds=scores["images_seen"] * work, **found)
         if steps.due(step):
             save(step + 1)
 
     model.eval()
-    files = evaluate(model, dataset, tokenizer, (names, prompts, parts), scores, out, args, amp)
+    files = evaluate(model, dataset, tokenizer, prompts, names, parts, scores, out, args, amp)
     if not args.load:
         save(max(start, args.steps))
-        files += [*charts(out, args.compare), "checkpoint.pt", "log.csv"]
+        files += [*charts(out, args.compare), "checkpoint.pt", "log.csv", "zero_shot.csv"]
     return data.report(scores, out, files)
 
 
