@@ -7,7 +7,7 @@ then on a sentence is a classifier: the class whose prompt lies nearest to the p
     loss = (cross_entropy(logits, i) + cross_entropy(logits^T, i)) / 2,  logits = e^t I_e T_e^T
 
     python clip.py                                    # shapes, 3 minutes on a laptop
-    python clip.py --text-encoder cbow                # a bag of words instead of a Transformer
+    python clip.py --text-encoder transformer         # which reads the order of words, too
     python clip.py --objective bow --out out/bow      # predict the caption's words, or write it:
     python clip.py --objective caption --out out/caption --compare out/bow out/clip
     python clip.py --image-encoder resnet --out out/resnet --compare out/clip
@@ -59,6 +59,7 @@ SIZES = {  # all but tiny are the paper's; dim of a ResNet: the width of its las
     "RN50x4": size(None, 640, (4, 6, 10, 6), 640, 640, 288),
     "RN50x16": size(None, 768, (6, 8, 18, 8), 768, 768, 384),
     "RN50x64": size(None, 1024, (3, 15, 36, 10), 1024, 1024, 448)}
+PIXELS = (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)  # mean, deviation in released models
 SOS, EOS = "<|startoftext|>", "<|endoftext|>"
 BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]  # those that print as themselves
 BYTES = {b: chr(b) for b in BYTES} | {  # byte -> the character that stands for it, in ids' order
@@ -183,10 +184,10 @@ class ViT(nn.Module):
                                       for _ in range(depth)))
 
     def forward(self, images):
-        x = self.patch_embed(patchify(images, self.patch_size))  # (B, N, D)
-        x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), 1, -1), x], dim=1)  # (B, 1 + N, D)
-        x = self.blocks(self.norm_pre(x + self.pos_embed))  # vit.py has no norm_pre
-        return self.norm(x[:, 0])
+        x = self.patch_embed(patchify(images, self.patch_size)) + self.pos_embed[1:]  # (B, N, D)
+        cls = (self.cls_token + self.pos_embed[0]).expand(len(x), 1, -1)
+        x = self.norm_pre(torch.cat([cls, x], dim=1))  # (B, 1 + N, D); vit.py has no norm_pre
+        return self.norm(self.blocks(x)[:, 0])
 
 
 def conv(channels, width, side, stride=1):
@@ -413,7 +414,8 @@ OPENAI = {  # their names -> ours: regular expressions, each applied to what the
     "ln_pre": "norm_pre", "ln_(post|final)": "norm", "c_proj": "fc2",
     r"layer(\d)": lambda m: f"stages.{int(m[1]) - 1}",
     r"downsample\.(\d)": lambda m: f"shortcut.{int(m[1]) + 1}",
-    r"(\d)\.(conv|bn)(\d)": lambda m: f"{m[1]}.body.{int('037148'[int(m[3]) - 1 + 3 * (m[2] == 'bn')])}",
+    r"(\d)\.conv(\d)": lambda m: f"{m[1]}.body.{'037'[int(m[2]) - 1]}",
+    r"(\d)\.bn(\d)": lambda m: f"{m[1]}.body.{'148'[int(m[2]) - 1]}",
     r"encoder\.(conv|bn)(\d)": lambda m: f"encoder.stem.{3 * int(m[2]) - 3 + (m[1] == 'bn')}"}
 
 
@@ -480,32 +482,35 @@ class Captioner(nn.Module):
         return -log_p.sum() / ids.argmax(1).sum(), log_p  # per token
 
     def classifier(self, prompts):
-        """A class scores log p of the first of its prompts (K, M, 77): of a pass for each."""
-        ids = prompts[:, 0]
-        return lambda images: torch.stack([self.log_p(f.expand(len(ids), -1), ids).sum(1)
+        """A class scores log p of the first of its prompts (K, M, 77) as a caption's beginning."""
+        ids = prompts[:, 0, :prompts[:, 0].argmax(1).max() + 1]  # (K, 1 + n)
+        words = ids[:, 1:] < self.head.out_features - 1  # without [EOS]
+        return lambda images: torch.stack([(self.log_p(f.expand(len(ids), -1), ids) * words).sum(1)
                                            for f in self.clip.features(images)])
 
 
 OBJECTIVES = {"contrastive": lambda clip: clip, "bow": BagOfWords, "caption": Captioner}
 
 
-def zero_shot_task(dataset):
-    """-> K names, M templates (the first alone is "one prompt"), {part: (pictures, right names)}.
+def zero_shot_task(dataset, tokenizer):
+    """-> K names, prompts (K, M, 77) of them, {part: (pictures, right names)}.
 
     shapes: the 80 pairs of colour and shape, in the captions' words with every size and place.
-    Other data sets: their class names, in CLIP's templates for CIFAR.
+    Other data sets: their class names, in CLIP's templates for CIFAR. The first is "one prompt".
     """
-    if dataset.name != "shapes":
-        seen = dataset.test_images, dataset.test_labels
-        return dataset.class_names, data.CIFAR_TEMPLATES, {"seen": seen}
-    names = [f"{colour} {shape}" for shape in data.SHAPES for colour in data.COLOURS]
-    find = lambda captions: torch.tensor([next(k for k, name in enumerate(names) if name in caption)
-                                          for caption in captions], device=dataset.mean.device)
-    templates = [wording.replace("{colour} {shape}", "{{}}").format(size=size, place=place)
-                 for wording in data.WORDINGS for size in ("small", "big") for place in data.PLACES]
-    return names, ["one {}", *templates], {
-        "seen": (dataset.test_images, find(dataset.test_captions)),
-        "unseen": (dataset.unseen_images, find(dataset.unseen_captions))}
+    device, names, templates = dataset.mean.device, dataset.class_names, data.CIFAR_TEMPLATES
+    parts = {"seen": (dataset.test_images, dataset.test_labels)}
+    if dataset.name == "shapes":
+        names = [f"{colour} {shape}" for shape in data.SHAPES for colour in data.COLOURS]
+        find = lambda texts: torch.tensor([next(k for k, name in enumerate(names) if name in text)
+                                           for text in texts], device=device)
+        templates = ["one {}"] + [
+            wording.replace("{colour} {shape}", "{{}}").format(size=size, place=place)
+            for wording in data.WORDINGS for size in ("small", "big") for place in data.PLACES]
+        parts = {"seen": (dataset.test_images, find(dataset.test_captions)),
+                 "unseen": (dataset.unseen_images, find(dataset.unseen_captions))}
+    prompts = tokenizer([t.format(name) for name in names for t in templates], truncate=True)
+    return names, prompts.unflatten(0, (len(names), -1)).to(device), parts
 
 
 def zero_shot(model, dataset, parts, prompts, amp, limit=None):
@@ -541,9 +546,10 @@ def multiply_adds(encoder, image_size):
 
 
 @torch.no_grad()
-def draw(model, dataset, tokenizer, prompts, names, parts, out, amp):
+def draw(model, dataset, tokenizer, task, out, amp):
     """prompts.png: pictures, each with bars for its five likeliest prompts, the right one in green.
     similarity.png: 12 test pictures, and a row for each one's caption, darker where closer."""
+    names, prompts, parts = task
     shown = [(image, k) for images, right in parts.values()
              for image, k in zip(images[:16 // len(parts)], right.tolist())]
     sheet, H = [], dataset.image_size
@@ -589,8 +595,9 @@ def charts(out, folders):
     return ["zero_shot.svg", "arithmetic.svg"]
 
 
-def evaluate(model, dataset, tokenizer, prompts, names, parts, scores, out, args, amp):
+def evaluate(model, dataset, tokenizer, task, scores, out, args, amp):
     """Adds every score to `scores`, draws the pictures and returns their names."""
+    names, prompts, parts = task
     scores["chance"], clip = 1 / len(names), model if isinstance(model, CLIP) else model.clip
     one = zero_shot(model, dataset, parts, prompts[:, :1], amp)
     scores |= one if args.objective == "caption" else zero_shot(model, dataset, parts, prompts, amp)
@@ -601,21 +608,21 @@ def evaluate(model, dataset, tokenizer, prompts, names, parts, scores, out, args
     torch.manual_seed(args.seed)
     untrained.init_weights()
     scores |= data.probe_scores(dataset, clip.features, untrained.features, amp)
-    return draw(model, dataset, tokenizer, prompts, names, parts, out, amp)
+    return draw(model, dataset, tokenizer, task, out, amp)
 
 
 def parse_args(argv=None):
     parser, number = data.Parser(__doc__), data.number
-    data.common_options(parser, "clip", SIZES, steps=1000, batch_size=64, lr=1e-3)
+    data.common_options(parser, "clip", SIZES, steps=1400, batch_size=64, lr=1e-3)
     parser.add("--warmup", 100, "steps of linear warm-up", type=number(int, 0))
     parser.add("--weight-decay", 0.05, "of matrices", type=number(float, 0, 10))
-    parser.add("--augment", "light", "light: shift, flip; of shapes, whose captions say left and "
-               "right, a small shift", choices=["none", "light"])
+    parser.add("--augment", "light", "light: shift, mirror (left is then right in the caption)",
+               choices=["none", "light"])
     parser.add("--objective", "contrastive", "bow: predict the words; caption: write them",
                choices=OBJECTIVES)
     parser.add("--image-encoder", None, "not the size's own", choices=["vit", "resnet"])
-    parser.add("--text-encoder", "transformer", "cbow: the mean of the tokens' vectors",
-               choices=["transformer", "cbow"])
+    parser.add("--text-encoder", "cbow", "cbow: the mean of the tokens' vectors; for --objective "
+               "caption, always transformer", choices=["transformer", "cbow"])
     for name, what in (("embed-dim", "width of the joint embedding"),
                        ("text-dim", "width of the text encoder"), ("text-depth", "its layers"),
                        ("text-heads", "its attention heads")):
@@ -624,6 +631,7 @@ def parse_args(argv=None):
     parser.add("--vocab-size", 1024, "most tokens to learn", type=number(int, 514))
     parser.add("--compare", [], "folders of other runs, for the charts", nargs="+")
     args = data.parse(parser, "clip", SIZES, argv)
+    args.text_encoder = "transformer" if args.objective == "caption" else args.text_encoder
     if args.text_dim % args.text_heads:
         raise data.UserError(f"--text-heads {args.text_heads} must divide --text-dim "
                              f"{args.text_dim}")
@@ -639,6 +647,29 @@ def learning_rate(step, args):
     return args.lr * min((step + 1) / (args.warmup + 1), 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def pick_tokenizer(args, dataset, model):
+    """--tokenizer, else that of --load, else one learned from the captions."""
+    if model and model.released and not args.tokenizer:
+        raise data.UserError(f"--load {args.load}: needs --tokenizer bpe_simple_vocab_16e6.txt.gz")
+    tokenizer = Tokenizer.train(dataset.train_captions, args.vocab_size) if not (
+        args.tokenizer or model) else Tokenizer.from_file(args.tokenizer or args.load)
+    if model and tokenizer.vocab_size != (n := model.text_encoder.token_embed.num_embeddings):
+        raise data.UserError(f"--tokenizer {args.tokenizer}: {tokenizer.vocab_size} tokens, but "
+                             f"--load {args.load} has {n}")
+    args.merges = tokenizer.merges  # so that the checkpoint holds them
+    return tokenizer
+
+
+def mirror(images, ids, left, right):
+    """Mirrors half of the pictures, and says left for right in their captions (each one token)."""
+    turn = torch.rand(len(images), device=images.device) < 0.5
+    images = torch.where(turn[:, None, None, None], images.flip(3), images)
+    if len(left) == len(right) == 1:
+        swapped = torch.where(ids == left[0], right[0], torch.where(ids == right[0], left[0], ids))
+        ids = torch.where(turn[:, None], swapped, ids)
+    return images, ids
+
+
 def train(args):
     device, out = data.pick_device(args.device), pathlib.Path(args.out)
     amp = autocast(device, args.precision)
@@ -647,13 +678,12 @@ def train(args):
         args.steps, args.patch_size = 0, model.image_encoder.patch_size
         args.image_size = model.image_encoder.grid * args.patch_size
     dataset = data.open_data(args, device)
-    tokenizer = (Tokenizer.from_file(args.tokenizer or args.load) if args.tokenizer or args.load
-                 else Tokenizer.train(dataset.train_captions, args.vocab_size))
-    args.merges = tokenizer.merges  # so that the checkpoint holds them
+    if args.load and model.released:
+        dataset.mean, dataset.std = torch.tensor(PIXELS, device=device)
+    tokenizer = pick_tokenizer(args, dataset, model if args.load else None)
     texts = tokenizer(dataset.train_captions, truncate=True).to(device)  # (all, 77)
-    names, templates, parts = zero_shot_task(dataset)
-    prompts = tokenizer([t.format(name) for name in names for t in templates], truncate=True)
-    prompts = prompts.unflatten(0, (len(names), -1)).to(device)  # (K, M, 77)
+    sides = [tokenizer.encode(word) for word in ("left", "right")]
+    _, prompts, parts = task = zero_shot_task(dataset, tokenizer)
     torch.manual_seed(args.seed)
     if not args.load:
         model = CLIP(args.image_size, args.patch_size, args.dim, args.depth, args.heads,
@@ -679,10 +709,12 @@ def train(args):
         for group in optimizer.param_groups:
             group["lr"] = rate
         index = data.batch_index(len(texts), args.batch_size, step, args.seed).to(device)
-        x, far = dataset.train_images[index], dataset.name != "shapes"
-        x = x if args.augment == "none" else data.augment(x, pad=4 if far else 1, flip=far)
+        x, ids = dataset.train_images[index], texts[index]
+        if args.augment == "light":
+            x, ids = mirror(x, ids, *sides)
+            x = data.augment(x, pad=2 if dataset.name == "shapes" else 4, flip=False)
         with amp:
-            loss, _ = loss_function(dataset.normalise(x), texts[index])
+            loss, _ = loss_function(dataset.normalise(x), ids)
         optimizer.zero_grad()
         loss.backward()
         steps.check(step, loss, nn.utils.clip_grad_norm_(model.parameters(), 1.0))
@@ -695,7 +727,7 @@ def train(args):
                      lr=rate)
         if (step + 1) % max(1, args.steps // 10) == 0:
             model.eval()
-            found = zero_shot(model, dataset, parts, prompts[:, :1], amp, limit=500)
+            found = zero_shot(model, dataset, parts, prompts[:, :1], amp, limit=250)
             model.train()
             data.log(out / "zero_shot.csv", step, images_seen=scores["images_seen"],
                      multiply_adds=scores["images_seen"] * work, **found)
@@ -703,7 +735,7 @@ def train(args):
             save(step + 1)
 
     model.eval()
-    files = evaluate(model, dataset, tokenizer, prompts, names, parts, scores, out, args, amp)
+    files = evaluate(model, dataset, tokenizer, task, scores, out, args, amp)
     if not args.load:
         save(max(start, args.steps))
         files += [*charts(out, args.compare), "checkpoint.pt", "log.csv", "zero_shot.csv"]

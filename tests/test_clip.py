@@ -387,10 +387,13 @@ def test_classifier_is_the_normalised_mean_of_normalised_prompts():
 
 def test_zero_shot_names_the_pair_that_a_picture_shows():
     dataset = data.shapes(counts=(20, 1000, 400))
-    names, templates, parts = clip.zero_shot_task(dataset)
-    assert len(names) == 80 and len(templates) == 41 and templates[0].count("{}") == 1
-    captions = {template.format(name) for template in templates[1:] for name in names}
+    asked = []
+    tokenizer = lambda texts, truncate: asked.append(texts) or torch.arange(len(texts))[:, None].expand(-1, 77)
+    names, prompts, parts = clip.zero_shot_task(dataset, tokenizer)
+    assert len(names) == 80 and prompts.shape == (80, 41, 77)
+    captions = {asked[0][i] for i in prompts[:, 1:, 0].flatten()}
     assert set(dataset.test_captions + dataset.unseen_captions) <= captions and len(captions) == 3200
+    assert all(name in asked[0][i] for name, row in zip(names, prompts[:, :, 0]) for i in row)
     for part, caps, labels in (("seen", dataset.test_captions, dataset.test_labels),
                                ("unseen", dataset.unseen_captions, dataset.unseen_labels)):
         for k, caption, label in zip(parts[part][1], caps, labels):
@@ -398,6 +401,24 @@ def test_zero_shot_names_the_pair_that_a_picture_shows():
             assert shape == data.SHAPES[label] and {colour, shape} < set(caption.replace(",", "").split())
     seen, unseen = (set(parts[part][1].tolist()) for part in ("seen", "unseen"))
     assert len(seen) == 60 and len(unseen) == 20 and not seen & unseen  # a task that labels cannot solve
+
+
+def test_mirrored_pictures_have_mirrored_captions():
+    dataset = data.shapes(counts=(400, 10, 10))
+    tokenizer = Tokenizer.train(dataset.train_captions, 1024)
+    ids, sides = tokenizer(dataset.train_captions), [tokenizer.encode(word) for word in ("left", "right")]
+    torch.manual_seed(0)
+    images, turned = clip.mirror(dataset.train_images, ids, *sides)
+    number = 0
+    for before, after, x, y, text in zip(dataset.train_images, images, ids, turned, dataset.train_captions):
+        if (after == before.flip(2)).all():
+            number += 1
+            text = re.sub("left|right", lambda m: {"left": "right", "right": "left"}[m[0]], text)
+        assert (after == before).all() or (after == before.flip(2)).all()
+        assert (y == tokenizer(text)[0]).all()
+    assert 160 < number < 240
+    images, same = clip.mirror(dataset.train_images, ids, [1, 2], [3])  # no single tokens: captions stay
+    assert (same == ids).all()
 
 
 def test_retrieval_counts_what_says_the_same():
@@ -449,7 +470,8 @@ def test_captioner():
     loss, log_p = model.loss(IMAGES[:3], rows)
     assert (loss + sum(expected) / len(expected)).abs() < 1e-6
     scores = model.classifier(rows[:, None])(IMAGES[:3])
-    assert (scores.diagonal() - log_p.sum(1)).abs().max() < 1e-6
+    without_eos = torch.stack([p[:row.argmax() - 1].sum() for p, row in zip(log_p, rows)])
+    assert (scores.diagonal() - without_eos).abs().max() < 1e-6
     changed = IMAGES[:3] + 1
     assert (model.loss(changed, rows)[1] != log_p).any(1).all()  # it looks at the picture
 
