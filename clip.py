@@ -16,7 +16,12 @@ then on a sentence is a classifier: the class whose prompt lies nearest to the p
 Default run: TODO.
 
 Differences from the paper:
-1. TODO
+1. Small towers, batches of 64, a tokenizer learned from the captions: minutes on a CPU. A bag of
+   words by default, which learns sooner what words mean than a Transformer.
+2. The ViT starts like vit.py's; tokens start from N(0, .5) and their positions from N(0, .1), not
+   .02 and .01, with which the Transformer's loss after 19,200 pictures was 1.17 instead of 0.58.
+3. Shift and mirror (left is then right in the caption), no crops; gradients clipped at norm 1.
+4. How the two other objectives were scored, the paper does not tell: here by log p of the prompt.
 """
 
 import collections
@@ -448,8 +453,7 @@ class BagOfWords(nn.Module):
         """(..., 77) -> (..., V), summing to 1: equal shares of the tokens from [SOS] to [EOS]."""
         place, eos = torch.arange(ids.shape[-1], device=ids.device), ids.argmax(-1, keepdim=True)
         share = ((place > 0) & (place < eos)) / (eos - 1).clamp(min=1)
-        zeros = share.new_zeros(*ids.shape[:-1], self.head.out_features)
-        return zeros.scatter_add(-1, ids, share)
+        return share.new_zeros(*ids.shape[:-1], self.head.out_features).scatter_add(-1, ids, share)
 
     def loss(self, images, ids):
         logits = self.head(self.clip.features(images)).float()  # (B, V)
