@@ -16,7 +16,7 @@ then on a sentence is a classifier: the class whose prompt lies nearest to the p
 Default run, seed 0, zero-shot among 80 pairs of colour and shape (chance 0.0125): on pairs named in
 training 0.896, on pairs that no caption named 0.816; with one prompt 0.838 and 0.727; if a class is
 as likely as all its prompts together 0.961 and 0.876. Probe 0.977 (untrained 0.345, raw pixels
-0.327). 1,400 steps took 4 to 6 minutes on a busy machine of two cores; not yet timed on an idle one.
+0.327). 1,400 steps took 4 to 6 minutes on two cores that other programs used; not yet timed alone.
 
 Differences from the paper:
 1. Small towers, batches of 64, a tokenizer learned from the captions: minutes on a CPU. A bag of
