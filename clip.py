@@ -31,7 +31,7 @@ import collections
 import copy
 import functools
 import gzip
-import html
+import html.entities
 import itertools
 import math
 import pathlib
@@ -79,9 +79,18 @@ CLEAN |= zip(map(ord, "ĲĳŉǄǅǆǇǈǉǊǋǌǱǲǳﬀﬁﬂﬃﬄﬅﬆʼ‘�
              "' ' ' ' ' \" \" \" \"".split())
 CLEAN |= {c: unicodedata.normalize("NFKC", chr(c)) for c in (0x3000, *range(0xFF01, 0xFFEF))}
 
+UPPER = {f"&{name.upper()}": character.upper() for name, character in html.entities.html5.items()
+         if name == name.lower() and name[-1] == ";" and name.upper() not in html.entities.html5}
+
 
 def clean(text):
-    text = html.unescape(html.unescape(text)).translate(CLEAN)
+    """As OpenAI: entities are resolved repeatedly up to the line of the first "<", then twice."""
+    end = len(text) if "<" not in text else text.rfind("\n", 0, text.index("<")) + 1
+    text, rest, before = text[:end], text[end:], None
+    while text != before:
+        before, text = text, re.sub("&#?[0-9A-Za-z]{1,24};",
+                                    lambda m: UPPER.get(m[0]) or html.unescape(m[0]), text)
+    text = html.unescape(html.unescape(text + rest)).translate(CLEAN)
     return unicodedata.normalize("NFC", text).lower()
 
 
