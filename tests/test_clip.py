@@ -383,8 +383,6 @@ def test_classifier_is_the_normalised_mean_of_normalised_prompts():
     expected = F.cosine_similarity(model.encode_image(IMAGES)[:, None], W[None], dim=2) / 0.07
     assert (model.classifier(prompts)(IMAGES) - expected).abs().max() < 1e-6
     assert (model.classifier(IDS[:, None])(IMAGES) - model(IMAGES, IDS)).abs().max() < 1e-12
-    p = model(IMAGES, IDS).exp().reshape(4, 2, 2)  # a mixture: the probabilities of a class's prompts add up
-    assert (model.classifier(prompts, mixture=True)(IMAGES) - p.sum(2).log()).abs().max() < 1e-9
 
 
 def test_zero_shot_names_the_pair_that_a_picture_shows():
