@@ -14,13 +14,20 @@ Without this asymmetry both would agree on a constant: the representation would 
     python jepa.py --masking multiblock               # the paper's four blocks; also block, raster
     python vit.py --init out/jepa/checkpoint.pt       # fine-tune the target encoder with labels
 
-Default run: TODO
+Default run: a linear probe on the patch mean reaches 0.668, on the last four blocks 0.752 (the same
+network untrained 0.302; raw pixels 0.322), kNN 0.499, in 2 min 57 s in all, on two bfloat16 CPU
+cores, seed 0.
 
 Differences from the paper:
-1. A corrected block sampler (`--sampler official` for theirs): sizes and shapes are drawn apart,
-   every place is possible, surplus context is dropped at random. The released one never uses the
-   last row, and drops the bottom.
-2. TODO
+1. Targets: not LayerNorm (`--no-centre`), but less what all pictures have at a place and what one
+   picture has at all places, each dimension at variance 1. Of a young encoder, LayerNorm's targets
+   are mostly position and ground colour: easy to predict, and they teach nothing about shapes.
+2. `tiny` hides random patches, not four blocks (`--masking multiblock`, which all other sizes do):
+   guessing whole blocks teaches less in a short run. The blocks' sampler is a corrected one
+   (`--sampler official` for theirs): any place, sizes and shapes drawn apart, surplus context
+   dropped at random, where the released one never uses the last row and drops the bottom.
+3. MAE's start, not N(0, .02): patches as large as positions. The average from 0.99 to 0.999, not
+   from 0.996 to 1, a constant weight decay, gradients clipped at 1: steps are few.
 """
 
 import argparse

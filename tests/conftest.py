@@ -1,11 +1,14 @@
-import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
+
+import data
 
 ROOT = pathlib.Path(__file__).parents[1]
 torch.set_num_threads(2)
@@ -31,3 +34,36 @@ def script(tmp_path):
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, **more)
 
     return call
+
+
+@pytest.fixture
+def same_run(script, tmp_path):
+    """Trains once whole, and once killed, interrupted and resumed: same weights, logs and scores, bit for bit."""
+
+    def check(*words):
+        words = [*words, "--precision", "fp32"]
+        assert script(*words, "--out", tmp_path / "whole").returncode == 0
+        path = tmp_path / "cut" / "checkpoint.pt"
+        command = [sys.executable, *map(str, words), "--out", str(path.parent), "--resume"]
+        for how in (signal.SIGKILL, signal.SIGINT):
+            run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+            before = path.stat().st_mtime_ns if path.exists() else 0
+            while run.poll() is None and not (path.exists() and path.stat().st_mtime_ns > before):
+                time.sleep(0.01)
+            run.send_signal(how)
+            error = run.communicate()[1]
+            if how == signal.SIGINT and run.returncode:
+                assert run.returncode == 130 and "Traceback" not in error and "interrupted" in error
+        done = script(words[0], "--out", path.parent, "--resume")  # with the stored options
+        assert done.returncode == 0, done.stderr
+        whole, cut = (data.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut"))
+        for part in ("model", "ema"):
+            assert all((whole[part][key] == cut[part][key]).all() for key in whole[part] or {})
+        for log in (tmp_path / "whole").glob("*.csv"):
+            assert log.read_text() == (path.parent / log.name).read_text()
+        for checkpoint in (whole, cut):
+            assert checkpoint["scores"]["seconds"] > 0
+            checkpoint["scores"] = {k: v for k, v in checkpoint["scores"].items() if not k.endswith("seconds")}
+        assert whole["scores"] == cut["scores"]
+
+    return check

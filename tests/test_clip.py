@@ -3,11 +3,7 @@
 import gzip
 import math
 import re
-import signal
 import string
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -537,25 +533,8 @@ def test_the_temperature_is_capped(monkeypatch, pictures, tmp_path):
     assert t.exp().item() == pytest.approx(100, rel=1e-6)
 
 
-def test_killed_and_resumed_is_the_same_run(script, pictures, tmp_path):
-    words = ["clip.py", "--data", pictures, *SMALL, "--steps", 40, "--precision", "fp32"]
-    assert script(*words, "--out", tmp_path / "whole").returncode == 0
-    command = [sys.executable, *map(str, words), "--out", str(tmp_path / "cut"), "--resume"]
-    for how in (signal.SIGKILL, signal.SIGINT):
-        run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        path = tmp_path / "cut" / "checkpoint.pt"
-        before = path.stat().st_mtime_ns if path.exists() else 0
-        while run.poll() is None and not (path.exists() and path.stat().st_mtime_ns > before):
-            time.sleep(0.01)
-        run.send_signal(how)
-        run.communicate()
-    assert script("clip.py", "--out", tmp_path / "cut", "--resume").returncode == 0
-    whole, cut = (data.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut"))
-    assert all((whole["model"][k] == cut["model"][k]).all() for k in whole["model"])
-    for log in ("log.csv", "zero_shot.csv"):
-        assert (tmp_path / "whole" / log).read_text() == (tmp_path / "cut" / log).read_text()
-    seconds = [c["scores"].pop("seconds") for c in (whole, cut)]
-    assert whole["scores"] == cut["scores"] and min(seconds) > 0
+def test_killed_and_resumed_is_the_same_run(same_run, pictures):
+    same_run("clip.py", "--data", pictures, *SMALL, "--steps", 40)
 
 
 @pytest.mark.parametrize("words, message", [

@@ -3,10 +3,6 @@
 import csv
 import math
 import re
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -347,26 +343,8 @@ def test_each_step_augments_clips_and_scales_the_rate(pictures, tmp_path, monkey
     assert scores["images_seen"] == 48 and "cnn" in scores
 
 
-def test_killed_and_resumed_is_the_same_run(script, pictures, tmp_path):
-    words = ["vit.py", "--data", pictures, *SMALL, "--steps", 60, "--augment", "strong", "--precision", "fp32"]
-    assert script(*words, "--out", tmp_path / "whole").returncode == 0
-    command = [sys.executable, *map(str, words), "--out", str(tmp_path / "cut")]
-    for how in (signal.SIGKILL, signal.SIGINT):
-        run = subprocess.Popen([*command, "--resume"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        path = tmp_path / "cut" / "checkpoint.pt"
-        before = path.stat().st_mtime_ns if path.exists() else 0
-        while run.poll() is None and not (path.exists() and path.stat().st_mtime_ns > before):
-            time.sleep(0.01)
-        run.send_signal(how)
-        error = run.communicate()[1]
-        if how == signal.SIGINT and run.returncode:
-            assert run.returncode == 130 and "Traceback" not in error and "interrupted" in error
-    assert script("vit.py", "--out", tmp_path / "cut", "--resume").returncode == 0  # with the stored options
-    whole, cut = (data.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut"))
-    assert all((whole["model"][k] == cut["model"][k]).all() for k in whole["model"])
-    assert (tmp_path / "whole/log.csv").read_text() == (tmp_path / "cut/log.csv").read_text()
-    seconds = [c["scores"].pop("seconds") for c in (whole, cut)]
-    assert whole["scores"] == cut["scores"] and min(seconds) > 0
+def test_killed_and_resumed_is_the_same_run(same_run, pictures):
+    same_run("vit.py", "--data", pictures, *SMALL, "--steps", 40, "--augment", "strong")
 
 
 @pytest.mark.parametrize("words, message", [
