@@ -1,13 +1,28 @@
 """Representation alignment (REPA): "Training Diffusion Transformers Is Easier Than You Think",
-Yu et al. 2024, arXiv 2410.06940, on the backbone SiT, Ma et al. 2024, arXiv 2401.08740.
+Yu et al. 2024, arXiv 2410.06940; its diffusion Transformer is SiT, Ma et al. 2024, 2401.08740.
 
-TODO docstring
+Diffusion in short, as the lecture covers it later. Mix a picture with noise, more and more:
+
+    path      x_t = (1 - t) picture + t noise     from t = 0, the picture, to t = 1, noise alone
+    velocity  d x_t / d t = noise - picture       the way x_t goes when t grows
+    sampler   take fresh noise at t = 1, go back along the velocity, arrive at a new picture
+
+On the way back nobody knows the picture: a network v guesses noise - picture from x_t, t and the
+class. To guess well it must know what x_t shows, and such features are slow to learn. REPA takes
+them from a model that has them; the slide: "training representation to reconstruct representation
+of existing model". The tokens h of an early block, which sees the noisy x_t, are trained to point
+where the tokens of a frozen teacher point, which sees the clean picture:
+
+    loss = mean (v(x_t, t, class) - (noise - picture))^2 - 0.5 mean cos(projector(h), teacher)
+
+TODO
 """
 
 import argparse
 import contextlib
 import copy
 import csv
+import functools
 import math
 import pathlib
 import time
@@ -22,19 +37,21 @@ from common import (MLP, Attention, Block, LayerNorm, PatchEmbed, autocast, gelu
                     resize_table, sincos_2d, unpatchify)
 
 SIZES = {  # S, B, L and XL are the paper's
-    "tiny": dict(patch_size=4, dim=128, depth=6, heads=4, align_depth=3, projector_dim=256),
+    "tiny": dict(image_size=16, patch_size=4, dim=192, depth=4, heads=6, align_depth=2,
+                 projector_dim=384),
     "S": dict(patch_size=2, dim=384, depth=12, heads=6, align_depth=4, projector_dim=2048),
     "B": dict(patch_size=2, dim=768, depth=12, heads=12, align_depth=4, projector_dim=2048),
     "L": dict(patch_size=2, dim=1024, depth=24, heads=16, align_depth=8, projector_dim=2048),
     "XL": dict(patch_size=2, dim=1152, depth=28, heads=16, align_depth=8, projector_dim=2048),
 }
+IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])  # mean, deviation
+# LayerNorm without gamma and beta: adaLN computes these from time and class
+norm = functools.partial(nn.LayerNorm, elementwise_affine=False, eps=1e-6)
 
 
 def mix(t, path="linear"):
-    """The way from a picture (t = 0) to noise (t = 1): x_t = a picture + s noise.
-
-    -> a, s and their derivatives by t, so that velocity = a' picture + s' noise.
-    """
+    """The path x_t = a picture + s noise, from picture (t = 0) to noise (t = 1) -> a, s and their
+    derivatives by t, so that velocity = a' picture + s' noise."""
     if path == "linear":
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
     angle, rate = t * (math.pi / 2), math.pi / 2
@@ -44,39 +61,19 @@ def mix(t, path="linear"):
 class TimeEmbed(nn.Module):
     """t (B,) in 0..1 -> (B, D): cosines and sines of it, 128 frequencies from 1 down to 1e-4."""
 
-    def __init__(self, dim, waves=128):
+    def __init__(self, dim):
         super().__init__()
-        self.waves = waves
-        self.mlp = nn.Sequential(nn.Linear(2 * waves, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t):
-        k = torch.arange(self.waves, dtype=t.dtype, device=t.device)
-        angle = t[:, None] * torch.exp(-math.log(10000) / self.waves * k)  # (B, waves)
+        k = torch.arange(128, dtype=t.dtype, device=t.device)
+        angle = t[:, None] * torch.exp(-math.log(10000) / 128 * k)  # (B, 128)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
 
 
-class LabelEmbed(nn.Module):
-    """Classes y (B,) -> (B, D). The last row of the table is the null class, "any picture"."""
-
-    def __init__(self, dim, num_classes):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, dim)
-
-    def forward(self, y):
-        return self.embedding_table(y)
-
-
-def norm(dim):
-    """LayerNorm without gamma and beta: adaLN computes them from time and class."""
-    return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-
-
 class SiTBlock(nn.Module):
-    """A pre-norm layer, x (B, N, D), steered by c (B, D): adaLN-Zero.
-
-    Shift and scale take the place of LayerNorm's beta and gamma; the gates start at zero, so that
-    each block starts as the identity.
-    """
+    """A pre-norm layer, x (B, N, D), steered by c (B, D): adaLN-Zero. Shift and scale stand for
+    LayerNorm's beta and gamma; the gates start at zero, so each block starts as the identity."""
 
     def __init__(self, dim, heads, mlp_ratio=4.0):
         super().__init__()
@@ -108,8 +105,7 @@ class SiT(nn.Module):
     """x_t (B, C, H, H), t (B,) in 0..1, classes y (B,) -> velocity (B, C, H, H); t = 1 is noise.
 
     `teacher_dim`: width of the tokens to align with; 0: no projector, plain SiT.
-    `sit_time`: the weights learned SiT's time, in which t = 0 is noise.
-    """
+    `sit_time`: the weights learned SiT's time, in which t = 0 is noise."""
 
     def __init__(self, image_size=32, patch_size=4, dim=128, depth=6, heads=4, mlp_ratio=4.0,
                  num_classes=10, channels=3, align_depth=3, teacher_dim=128, projector_dim=256,
@@ -120,7 +116,8 @@ class SiT(nn.Module):
         self.null = num_classes
         self.x_embedder = PatchEmbed(dim, patch_size, channels)
         self.t_embedder = TimeEmbed(dim)
-        self.y_embedder = LabelEmbed(dim, num_classes)
+        table = nn.Embedding(num_classes + 1, dim)  # the last row: the null class, "any picture"
+        self.y_embedder = nn.ModuleDict({"embedding_table": table})
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2, dim), requires_grad=False)
         self.blocks = nn.ModuleList(SiTBlock(dim, heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(dim, patch_size**2 * channels)
@@ -131,46 +128,40 @@ class SiT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """The authors': xavier, zero biases; zero gates and output: the first velocity is 0."""
+        """The authors': xavier, zero biases; zero gates and output: the first velocity is 0. But
+        for time and class, N(0, .02) there: so small, in minutes the blocks hardly hear of them."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight), nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a view: it is filled
         nn.init.zeros_(self.x_embedder.proj.bias)
-        for table in (self.y_embedder.embedding_table, self.t_embedder.mlp[0],
-                      self.t_embedder.mlp[2]):
-            nn.init.normal_(table.weight, std=0.02)
+        nn.init.normal_(self.y_embedder["embedding_table"].weight, std=0.5)
         for module in [m.adaLN_modulation[1] for m in (*self.blocks, self.final_layer)]:
             nn.init.zeros_(module.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
         self.pos_embed[0] = sincos_2d(self.pos_embed.shape[2], self.grid)
 
     def layers(self, x, t, y, stop=None):
-        """-> what each block hands on, depth times (B, N, D) or only `stop` times; c (B, D)."""
-        c = self.t_embedder(1 - t if self.sit_time else t) + self.y_embedder(y)
-        x = self.x_embedder(patchify(x, self.patch_size)) + self.pos_embed  # (B, N, D)
-        out = []
+        """-> what each block hands on, depth times (B, N, D), and the velocity; the blocks after
+        number `stop` are left out, and then so is the velocity."""
+        t = 1 - t if self.sit_time else t
+        c = self.t_embedder(t) + self.y_embedder["embedding_table"](y)  # (B, D)
+        x, out = self.x_embedder(patchify(x, self.patch_size)) + self.pos_embed, []  # (B, N, D)
         for block in self.blocks[:stop]:
             out.append(x := block(x, c))
-        return out, c
-
-    def velocity(self, tokens, c):
-        """What the last block hands on (B, N, D) -> velocity (B, C, H, H)."""
-        v = unpatchify(self.final_layer(tokens, c), self.patch_size)
-        return -v if self.sit_time else v
+        if stop:
+            return out, None
+        v = unpatchify(self.final_layer(x, c), self.patch_size)
+        return out, -v if self.sit_time else v
 
     def forward(self, x, t, y):
-        layers, c = self.layers(x, t, y)
-        return self.velocity(layers[-1], c)
+        return self.layers(x, t, y)[1]
 
     def loss(self, images, y, z=None, align=0.5, label_dropout=0.1, times="uniform"):
-        """images (B, C, H, H), classes y (B,), the teacher's tokens z (B, N, Z) or None.
-
-        -> (velocity loss - align * alignment, dict(velocity=, alignment=)).
-        """
+        """images (B, C, H, H), classes y (B,), the teacher's tokens z (B, N, Z) or None
+        -> (velocity loss - align * alignment, dict(velocity=, alignment=))."""
         B = (len(images),)
-        dropped = torch.rand(B, device=y.device) < label_dropout  # teaches the null class
-        y = torch.where(dropped, self.null, y)
+        y = torch.where(torch.rand(B, device=y.device) < label_dropout, self.null, y)
         noise = torch.randn_like(images)
         if times == "uniform":
             t = torch.rand(B, device=y.device, dtype=images.dtype)
@@ -178,16 +169,15 @@ class SiT(nn.Module):
             odds = torch.randn(B, device=y.device, dtype=images.dtype).exp()
             t = odds / (1 + odds) if self.path == "linear" else 2 / math.pi * odds.atan()
         a, s, da, ds = mix(t[:, None, None, None], self.path)
-        layers, c = self.layers(a * images + s * noise, t, y)
-        v = self.velocity(layers[-1], c).to(images.dtype)
-        velocity = (v - (da * images + ds * noise)).square().mean()
-        if z is None:
-            return velocity, dict(velocity=velocity.detach())
-        h = self.projectors[0](layers[self.align_depth - 1]).to(images.dtype)  # (B, N, Z)
-        cosine = F.normalize(h, dim=-1) * F.normalize(z.to(images.dtype), dim=-1)
-        alignment = cosine.sum(-1).mean()
-        return (velocity - align * alignment,
-                dict(velocity=velocity.detach(), alignment=alignment.detach()))
+        layers, v = self.layers(a * images + s * noise, t, y)
+        loss = (v.to(images.dtype) - (da * images + ds * noise)).square().mean()
+        out = dict(velocity=loss.detach())
+        if z is not None:
+            h = self.projectors[0](layers[self.align_depth - 1]).to(images.dtype)  # (B, N, Z)
+            h, z = (F.normalize(tokens, dim=-1) for tokens in (h, z.to(images.dtype)))
+            cosine = (h * z).sum(-1).mean()  # over pictures and patches
+            loss, out["alignment"] = loss - align * cosine, cosine.detach()
+        return loss, out
 
     def features(self, images, layer=None):
         """(B, C, H, H) -> (B, D): mean of the aligned (or another) block's tokens at t = 0.5,
@@ -201,11 +191,9 @@ class SiT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, sit_time=None):
-        """A SiT from this script's file, REPA's last.pt or training file, or SiT-XL-2-256.pt.
-
-        EMA weights if there are any. sit_time: None finds out: SiT's files predict a variance,
-        too, which is dropped, as their authors do; their time runs the other way.
-        """
+        """From this script's file, REPA's last.pt or training file, or SiT-XL-2-256.pt; EMA weights
+        if there are any. sit_time=None finds out: in SiT's files time runs the other way, and they
+        predict a variance, too, which is dropped, as their authors do. Else UserError."""
         with torch.serialization.safe_globals([argparse.Namespace]):  # in the training files
             content = data.load_checkpoint(path)
         with data.refuse(f"{path}: does not hold a SiT"):
@@ -235,10 +223,9 @@ class SiT(nn.Module):
 def sample(model, noise, y, steps=50, method="euler", cfg=1.0, interval=(0, 1), generator=None):
     """noise (B, C, H, H), classes y (B,) -> pictures (B, C, H, H), by going from t = 1 to 0.
 
-    euler: follow the velocity. heun: average it over each step, at twice the cost. sde: walk with
-    fresh noise of strength w = 2t, and undo it on average by the score, d log p(x_t) / d x.
-    cfg > 1, classifier-free guidance: exaggerate what the class adds, at times in `interval`.
-    """
+    euler: follow the velocity. heun: average it over each step, at twice the cost. sde: add fresh
+    noise of strength w = 2t, and undo it on average by the score, d log p(x_t) / d x.
+    cfg > 1, classifier-free guidance: exaggerate what the class adds, at times in `interval`."""
     exact = torch.float32 if noise.device.type == "mps" else torch.float64
     x, null = noise.to(exact), torch.full_like(y, model.null)
 
@@ -274,13 +261,12 @@ class Teacher(nn.Module):
     """A frozen ViT encoder: images (B, 3, H, H), normalised -> patch tokens (B, N, D)."""
 
     def __init__(self, image_size=32, patch_size=4, dim=128, depth=4, heads=4, mlp_ratio=4.0,
-                 class_token=False, registers=0, act=F.gelu):
+                 class_token=False, act=F.gelu):
         super().__init__()
-        self.patch_size, self.dim, self.imagenet = patch_size, dim, False
-        grid = image_size // patch_size
+        self.patch_size, self.dim, grid = patch_size, dim, image_size // patch_size
+        self.imagenet = False  # whose mean and deviation its pictures have; else the data set's
         self.patch_embed = PatchEmbed(dim, patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
-        self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
         self.pos_embed = nn.Parameter(torch.zeros(1, class_token + grid**2, dim))
         self.pos_embed.data[0, int(class_token):] = sincos_2d(dim, grid)
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, act=act) for _ in range(depth))
@@ -292,9 +278,9 @@ class Teacher(nn.Module):
         # REPA stretches DINOv2's table as timm does; torch.hub's code differs by about 1 %.
         table = resize_table(self.pos_embed, rows, columns, extra)
         x = self.patch_embed(patchify(images, P)) + table[:, extra:]
-        before = [self.cls_token + table[:, :1]] if extra else []
-        before += [self.register_tokens] if self.register_tokens is not None else []
-        x = torch.cat([*(token.expand(len(x), -1, -1) for token in before), x], dim=1)
+        if extra:
+            token = (self.cls_token + table[:, :1]).expand(len(x), -1, -1)
+            x = torch.cat([token, x], dim=1)  # (B, 1 + N, D)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)[:, -rows * columns:]
@@ -320,9 +306,9 @@ class Teacher(nn.Module):
             state = content.get("target_encoder", content.get("model", content))
             if content.get("script") == "jepa":
                 state = {k[15:]: v for k, v in state.items() if k.startswith("target_encoder.")}
-            skip = ("decoder_", "mask_token", "encoder_mask_token", "head.", "pre_logits", "fc_norm")
-            state = {k.removeprefix("module."): v for k, v in state.items()}
-            state = {k: v for k, v in state.items() if not k.startswith(skip)}
+            skip = ("decoder_", "mask_token", "encoder_mask_token", "head.", "pre_logits")
+            state = {k.removeprefix("module."): v for k, v in state.items()
+                     if not k.startswith(skip)}
             for key in [k for k in state if k.endswith(".gamma")]:  # DINOv2's scale of a branch:
                 name = key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
                 gamma = state.pop(key)  # the same as scaling its last map
@@ -335,71 +321,60 @@ class Teacher(nn.Module):
                           1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
                           own.get("heads") or (16 if dim in (1280, 1408) else dim // 64),
                           len(state["blocks.0.mlp.fc1.bias"]) / dim, extra,
-                          state.get("register_tokens", torch.empty(1, 0)).shape[1],
                           gelu_tanh if own.get("tanh_gelu") else F.gelu)
             teacher.load_state_dict(state)
             teacher.imagenet = not own
         return teacher.eval().requires_grad_(False)
 
 
-IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])  # mean, deviation
-
-
-def train_teacher(dataset, args, amp):
+def train_teacher(dataset, args, amp, steps):
     """A small ViT that learns the classes with the mean of its patch tokens; no diffusion in it."""
     torch.manual_seed(args.seed)
-    K, device = len(dataset.class_names), dataset.train_images.device
+    images, labels = dataset.train_images, dataset.train_labels
     teacher = Teacher(args.image_size, args.patch_size)
-    head = nn.Linear(teacher.dim, K)
-    model = nn.ModuleList([teacher, head]).to(device)
+    head = nn.Linear(teacher.dim, len(dataset.class_names))
+    model = nn.ModuleList([teacher, head]).to(images.device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=args.teacher_steps)
-    for step in (bar := tqdm(range(args.teacher_steps), desc="teacher", mininterval=0.5)):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=max(1, steps))
+    for step in (bar := tqdm(range(steps), desc="teacher", mininterval=0.5)):
         torch.manual_seed(args.seed * 1_000_003 + step)
-        index = data.batch_index(len(dataset.train_labels), 64, step, args.seed).to(device)
-        x, y = dataset.normalise(data.augment(dataset.train_images[index])), dataset.train_labels[index]
+        index = data.batch_index(len(labels), 64, step, args.seed).to(images.device)
         with amp:
-            loss = F.cross_entropy(head(teacher(x).mean(1)).float(), y)
+            tokens = teacher(dataset.normalise(data.augment(images[index])))  # (B, N, D)
+            loss = F.cross_entropy(head(tokens.mean(1)).float(), labels[index])
         optimizer.zero_grad(), loss.backward(), optimizer.step(), schedule.step()
         bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
-    return teacher.eval().requires_grad_(False)
+    return teacher
 
 
 def pick_teacher(args, dataset, amp, out):
-    """--teacher: a file, an untrained network for "random", or one that is trained here first."""
-    if args.teacher == "random":
-        torch.manual_seed(args.seed)
-        teacher = Teacher(args.image_size, args.patch_size).eval().requires_grad_(False)
-    elif args.teacher:
-        teacher = Teacher.from_pretrained(args.teacher)
-    elif args.align:
-        print("no --teacher: a small ViT is trained first, with the labels of the pictures")
-        args.teacher, began = str(out / "teacher.pt"), time.time()
-        teacher = train_teacher(dataset, args, amp)
-        args.teacher_seconds = time.time() - began
-        data.save_checkpoint(args.teacher, script="teacher", model=teacher.state_dict(),
-                             args=dict(heads=4))
-    else:
-        return None
-    return teacher.to(dataset.train_images.device)
+    """The file of --teacher; without one, a network that is trained here first, or not at all for
+    "random". It is kept for --resume. None if nothing is to be aligned."""
+    if args.teacher in (None, "random") and (args.align or args.teacher):
+        steps, began = 0 if args.teacher else args.teacher_steps, time.time()
+        print(f"teacher: a small ViT, trained for {steps} steps with the pictures' labels")
+        state = train_teacher(dataset, args, amp, steps).state_dict()
+        args.teacher, args.teacher_seconds = str(out / "teacher.pt"), time.time() - began
+        data.save_checkpoint(args.teacher, script="teacher", model=state, args=dict(heads=4))
+    return args.teacher and Teacher.from_pretrained(args.teacher).to(dataset.train_images.device)
 
 
 @torch.no_grad()
-def generate(model, dataset, labels, args, amp):
+def generate(model, dataset, labels, args, amp, cfg=1.0):
     """Classes (n,) -> pictures (n, 3, H, H) uint8, the same ones for the same seed."""
     g = torch.Generator(labels.device).manual_seed(args.seed)
     side, parts = model.grid * model.patch_size, []
-    for y in labels.split(250):
+    for y in labels.split(100):
         noise = torch.randn(len(y), 3, side, side, generator=g, device=y.device)
         with amp:
-            x = sample(model, noise, y, args.sample_steps, args.sampler, args.cfg, args.interval, g)
+            x = sample(model, noise, y, args.sample_steps, args.sampler, cfg, args.interval, g)
         parts.append((dataset.denormalise(x) * 255).round().byte())
     return torch.cat(parts)
 
 
 def frechet(x, y):
-    """Distance of the Gaussians fitted to features x (n, D) and y (m, D):
-    |m1 - m2|^2 + trace(S1 + S2 - 2 (S1^(1/2) S2 S1^(1/2))^(1/2)). With Inception's features: FID."""
+    """Distance of the Gaussians fitted to features x (n, D) and y (m, D), in float64:
+    |m1 - m2|^2 + trace(S1 + S2 - 2 (S1^(1/2) S2 S1^(1/2))^(1/2))."""
     x, y = x.cpu().double(), y.cpu().double()
     S1, S2 = x.T.cov(), y.T.cov()
     values, vectors = torch.linalg.eigh(S1)
@@ -408,42 +383,30 @@ def frechet(x, y):
     return ((x.mean(0) - y.mean(0)).square().sum() + S1.trace() + S2.trace() - 2 * cross).item()
 
 
-class Ruler:
-    """Frechet distances to the test pictures, in the features of a CNN that is never the teacher.
-
-    floor: as many training pictures. ceiling: Gaussian pixels with the training set's channel mean
-    and deviation.
-    """
-
-    def __init__(self, dataset, args):
-        cnn, n = data.train_cnn(dataset, args.seed), min(args.samples, len(dataset.test_labels))
-        self.features = lambda x: data.extract(cnn.features, dataset, x, contextlib.nullcontext())
-        self.dataset, self.labels = dataset, dataset.test_labels[:n]
-        self.test = self.features(dataset.test_images[:n])
-
-    def distance(self, images):
-        return frechet(self.features(images), self.test)
-
-    def ends(self):
-        n, g = len(self.labels), torch.Generator().manual_seed(0)
-        noise = torch.randn(self.dataset.test_images[:n].shape, generator=g).to(self.test.device)
-        noise = (self.dataset.denormalise(noise) * 255).round().byte()
-        return self.distance(self.dataset.train_images[:n]), self.distance(noise)
-
-
 @torch.no_grad()
-def validate(model, dataset, amp, n=500):
-    """Velocity loss on n test pictures, the mean over 8 fixed times and one fixed noise."""
-    x, y = dataset.normalise(dataset.test_images[:n]), dataset.test_labels[:n]
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device)
-    losses = []
-    for i in range(8):
-        t = torch.full((len(x),), (i + 0.5) / 8, device=x.device)
-        a, s, da, ds = mix(t[0], model.path)
+def measure(model, dataset, args, amp):
+    """-> velocity: the loss on 500 test pictures, mean of 8 fixed times, with fixed noise. frechet:
+    distance of --samples own pictures to as many test pictures of the same classes, in the features
+    of a small CNN, never the teacher's; _floor: of training pictures instead; _ceiling: of Gaussian
+    pixels that have the training set's mean and deviation in each channel."""
+    fixed, losses = torch.Generator().manual_seed(0), []
+    x, y = dataset.normalise(dataset.test_images[:500]), dataset.test_labels[:500]
+    noise = torch.randn(x.shape, generator=fixed).to(x.device)
+    for t in torch.linspace(1 / 16, 15 / 16, 8, device=x.device):
+        a, s, da, ds = mix(t, model.path)
         with amp:
-            v = model(a * x + s * noise, t, y)
+            v = model(a * x + s * noise, t.expand(len(x)), y)
         losses.append((v.float() - (da * x + ds * noise)).square().mean().item())
-    return sum(losses) / len(losses)
+    cnn, n = data.train_cnn(dataset, args.seed), min(args.samples, len(dataset.test_labels))
+    real, labels = dataset.test_images[:n], dataset.test_labels[:n]
+    noise = dataset.denormalise(torch.randn(real.shape, generator=fixed).to(real.device))
+    scores = {"velocity": sum(losses) / len(losses)}
+    for key, images in (("frechet", generate(model, dataset, labels, args, amp)),
+                        ("frechet_floor", dataset.train_images[:n]),
+                        ("frechet_ceiling", (noise * 255).round().byte())):
+        scores[key] = frechet(*(data.extract(cnn.features, dataset, x, contextlib.nullcontext())
+                                for x in (images, real)))
+    return scores
 
 
 def probe_by_block(model, dataset, amp, training=4000, held=1000):
@@ -457,54 +420,45 @@ def probe_by_block(model, dataset, amp, training=4000, held=1000):
     return curve
 
 
-def draw(model, untrained, dataset, out, args, amp):
+def draw(model, dataset, out, args, amp):
     """samples.png, one class a column; the training's curves; the probe by block."""
     K = min(10, len(dataset.class_names))
     labels = torch.arange(K, device=dataset.train_labels.device).repeat(8)
-    data.save_png(out / "samples.png", generate(model, dataset, labels, args, amp), columns=K)
-    curves = {"this run": model, "untrained": untrained}
-    if args.compare:
-        curves["--compare"] = SiT.from_pretrained(args.compare).to(labels.device).eval()
-    curves = {name: probe_by_block(m, dataset, amp) for name, m in curves.items()}
+    images = generate(model, dataset, labels, args, amp, args.cfg)
+    data.save_png(out / "samples.png", images, columns=K)
+    other = args.compare and SiT.from_pretrained(args.compare).to(labels.device)
+    curves = {name: probe_by_block(m, dataset, amp)
+              for name, m in (("this run", model), ("--compare", other)) if m}
     data.save_chart(out / "blocks.svg", curves, "block", "linear probe at t = 0.5")
-    return ["samples.png", "blocks.svg"]
-
-
-def draw_training(out):
-    """log.csv as a chart."""
+    if args.load:
+        return ["samples.png", "blocks.svg"]
     with open(out / "log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     data.save_chart(out / "training.svg", {
-        name: [(int(row["step"]), float(row[key])) for row in rows]
-        for name, key in (("velocity loss", "velocity"), ("alignment", "alignment"))},
-        "step", "velocity loss; alignment (mean cosine)")
-    return ["training.svg"]
+        name: [(int(row["step"]), float(row[name])) for row in rows]
+        for name in ("velocity", "alignment")}, "step", "velocity loss; alignment: mean cosine")
+    return ["samples.png", "blocks.svg", "training.svg"]
 
 
 def parse_args(argv=None):
     parser, number = data.Parser(__doc__), data.number
-    data.common_options(parser, "repa", SIZES, steps=1300, batch_size=32, lr=2e-3)
+    data.common_options(parser, "repa", SIZES, steps=1500, batch_size=64, lr=2e-3)
     parser.add("--warmup", 100, "steps of linear warm-up", type=number(int, 0))
-    parser.add("--augment", "none", "light: shift, flip; the teacher then looks at each batch",
-               choices=["none", "light"])
     parser.add("--align", 0.5, "weight of the alignment; 0: plain SiT", type=number(float, 0, 100))
-    parser.add("--align-until", None, "step at which alignment ends", type=number(int, 0))
-    parser.add("--align-depth", None, "block that is aligned, counted from 1, not the size's own",
-               type=number(int, 1))
-    parser.add("--projector-dim", None, "width of the projector, not the size's own",
-               type=number(int, 1, 65536))
+    parser.add("--align-until", None, "step at which alignment ends", type=number(int, 1))
+    parser.add("--align-depth", None, "the aligned block, not the size's own", type=number(int, 1))
+    parser.add("--projector-dim", None, "its width, not the size's own", type=number(int, 1, 65536))
     parser.add("--teacher", None, "a vit, mae, jepa, DINOv2, timm file, or random")
-    parser.add("--teacher-steps", 400, "if it has to be trained first", type=number(int, 1))
+    parser.add("--teacher-steps", 300, "if it has to be trained first", type=number(int, 1))
     parser.add("--path", "linear", "from picture to noise", choices=["linear", "cosine"])
     parser.add("--times", "uniform", "how t is drawn in training", choices=["uniform", "lognormal"])
     parser.add("--label-dropout", 0.1, "share of null labels", type=number(float, 0, 1))
     parser.add("--ema", 0.995, "decay of the averaged weights", type=number(float, 0, 1))
-    parser.add("--sampler", "euler", "from noise to picture", choices=["euler", "heun", "sde"])
-    parser.add("--sample-steps", 50, "of the sampler", type=number(int, 1))
+    parser.add("--sampler", "heun", "from noise to picture", choices=["euler", "heun", "sde"])
+    parser.add("--sample-steps", 15, "of the sampler", type=number(int, 1))
     parser.add("--samples", 1000, "pictures for the Frechet distance", type=number(int, 2))
-    parser.add("--cfg", 1.0, "strength of guidance; 1: none", type=number(float, 1, 100))
+    parser.add("--cfg", 2.0, "guidance of samples.png; 1: none", type=number(float, 1, 100))
     parser.add("--interval", [0.0, 1.0], "times with guidance", type=number(float, 0, 1), nargs=2)
-    parser.add("--frechet-every", None, "steps; writes frechet.csv", type=number(int, 1))
     parser.add("--compare", None, "another run's checkpoint in the chart of blocks")
     args = data.parse(parser, "repa", SIZES, argv)
     if args.align_depth > args.depth:
@@ -526,12 +480,12 @@ def train(args):
         args.steps, args.patch_size = 0, model.patch_size
         args.image_size = model.grid * model.patch_size
     dataset = data.open_data(args, device)
-    K = len(dataset.class_names)
+    teacher, K = None, len(dataset.class_names)
     if args.load and (model.channels != 3 or model.null != K):
         raise data.UserError(f"{args.load}: makes {model.channels} channels of {model.null} "
                              f"classes; to score it takes 3 and {K}")
-    teacher = None if args.load else pick_teacher(args, dataset, amp, out)
     if not args.load:
+        teacher = pick_teacher(args, dataset, amp, out)
         model = SiT(args.image_size, args.patch_size, args.dim, args.depth, args.heads, 4.0, K, 3,
                     args.align_depth, teacher.dim if teacher else 0, args.projector_dim, args.path)
         torch.manual_seed(args.seed)
@@ -547,11 +501,8 @@ def train(args):
                              ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step,
                              args=vars(args), scores=scores)
 
-    ruler = Ruler(dataset, args)
-    look, seen = lambda x: teacher.look(dataset, x, model.grid, amp), None
-    if teacher and args.augment == "none" and (
-            len(dataset.train_labels) * model.grid**2 * teacher.dim < 2**30):
-        seen = torch.cat([look(x) for x in dataset.train_images.split(100)])
+    seen = teacher and torch.cat([teacher.look(dataset, x, model.grid, amp) for x in
+                                  dataset.train_images.split(100)])  # once and for all epochs
     loss_function = torch.compile(model.loss) if args.compile else model.loss
     for step in (steps := data.Steps(args, start, scores)):
         torch.manual_seed(args.seed * 1_000_003 + step)
@@ -559,11 +510,9 @@ def train(args):
         for group in optimizer.param_groups:
             group["lr"] = rate
         index = data.batch_index(len(dataset.train_labels), args.batch_size, step, args.seed)
-        index = index.to(device)
-        x, y = dataset.train_images[index], dataset.train_labels[index]
-        x, z = x if args.augment == "none" else data.augment(x), None
-        if teacher and step < (args.align_until or args.steps):
-            z = look(x) if seen is None else seen[index]
+        x, y = dataset.train_images[index.to(device)], dataset.train_labels[index.to(device)]
+        aligns = teacher and step < (args.align_until or args.steps)
+        z = seen[index.to(device)] if aligns else None
         with amp:
             loss, parts = loss_function(dataset.normalise(x), y, z, args.align,
                                         args.label_dropout, args.times)
@@ -579,23 +528,19 @@ def train(args):
             data.log(out / "log.csv", step, images_seen=scores["images_seen"], loss=steps.loss,
                      velocity=parts["velocity"], alignment=parts.get("alignment", math.nan),
                      lr=rate)
-        if args.frechet_every and (step + 1) % args.frechet_every == 0:
-            data.log(out / "frechet.csv", step + 1, frechet=ruler.distance(
-                generate(ema, dataset, ruler.labels, args, amp)))
         if steps.due(step):
             save(step + 1)
 
     torch.manual_seed(args.seed)
-    scores["velocity"] = validate(ema, dataset, amp)
-    scores["frechet"] = ruler.distance(generate(ema, dataset, ruler.labels, args, amp))
-    scores["frechet_floor"], scores["frechet_ceiling"] = ruler.ends()
+    scores |= measure(ema, dataset, args, amp)
+    scores["teacher_seconds"] = getattr(args, "teacher_seconds", 0.0)
     untrained = copy.deepcopy(ema)
     untrained.init_weights()
     scores |= data.probe_scores(dataset, ema.features, untrained.features, amp)
-    files = draw(ema, untrained, dataset, out, args, amp)
+    files = draw(ema, dataset, out, args, amp)
     if not args.load:
         save(max(start, args.steps))
-        files += draw_training(out) + ["checkpoint.pt", "log.csv"]
+        files += ["checkpoint.pt", "log.csv"]
     return data.report(scores, out, files)
 
 
