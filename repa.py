@@ -15,11 +15,20 @@ where the tokens of a frozen teacher point, which sees the clean picture:
 
     loss = mean (v(x_t, t, class) - (noise - picture))^2 - 0.5 mean cos(projector(h), teacher)
 
-TODO
+    python repa.py                                     # shapes at 16 x 16, 3 minutes on a laptop
+    python repa.py --align 0 --out out/plain           # plain SiT; then --compare its checkpoint
+    python repa.py --teacher out/mae/checkpoint.pt     # or vit, jepa, DINOv2; "random": a control
+
+Default run: TODO
+
+Differences from the paper:
+1. Pixels of 16 x 16, not the latents of a VAE; the projector is 2 D wide, not 2048.
+2. The default teacher is a small ViT trained on the labels for seconds, not DINOv2.
+3. Time and class start larger than N(0, .02), else in minutes the blocks hardly hear of them.
+4. Rate 2e-3 with warm-up and decay, not a constant 1e-4; EMA 0.995, not 0.9999: steps are few.
 """
 
 import argparse
-import contextlib
 import copy
 import csv
 import functools
@@ -36,7 +45,7 @@ import data
 from common import (MLP, Attention, Block, LayerNorm, PatchEmbed, autocast, gelu_tanh, patchify,
                     resize_table, sincos_2d, unpatchify)
 
-SIZES = {  # S, B, L and XL are the paper's
+SIZES = {  # S to XL are the paper's
     "tiny": dict(image_size=16, patch_size=4, dim=192, depth=4, heads=6, align_depth=2,
                  projector_dim=384),
     "S": dict(patch_size=2, dim=384, depth=12, heads=6, align_depth=4, projector_dim=2048),
@@ -107,8 +116,8 @@ class SiT(nn.Module):
     `teacher_dim`: width of the tokens to align with; 0: no projector, plain SiT.
     `sit_time`: the weights learned SiT's time, in which t = 0 is noise."""
 
-    def __init__(self, image_size=32, patch_size=4, dim=128, depth=6, heads=4, mlp_ratio=4.0,
-                 num_classes=10, channels=3, align_depth=3, teacher_dim=128, projector_dim=256,
+    def __init__(self, image_size=16, patch_size=4, dim=192, depth=4, heads=6, mlp_ratio=4.0,
+                 num_classes=10, channels=3, align_depth=2, teacher_dim=128, projector_dim=384,
                  path="linear", sit_time=False):
         super().__init__()
         self.patch_size, self.grid, self.channels = patch_size, image_size // patch_size, channels
@@ -129,7 +138,7 @@ class SiT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """The authors': xavier, zero biases; zero gates and output: the first velocity is 0. But
-        for time and class, N(0, .02) there: so small, in minutes the blocks hardly hear of them."""
+        time and class start larger: N(0, .02) there, in the table and in the maps of t."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight), nn.init.zeros_(module.bias)
@@ -160,13 +169,12 @@ class SiT(nn.Module):
     def loss(self, images, y, z=None, align=0.5, label_dropout=0.1, times="uniform"):
         """images (B, C, H, H), classes y (B,), the teacher's tokens z (B, N, Z) or None
         -> (velocity loss - align * alignment, dict(velocity=, alignment=))."""
-        B = (len(images),)
-        y = torch.where(torch.rand(B, device=y.device) < label_dropout, self.null, y)
+        y = torch.where(torch.rand(y.shape, device=y.device) < label_dropout, self.null, y)
         noise = torch.randn_like(images)
         if times == "uniform":
-            t = torch.rand(B, device=y.device, dtype=images.dtype)
+            t = torch.rand_like(images[:, 0, 0, 0])  # (B,)
         else:  # more often in the middle: noise to picture as exp(N(0, 1))
-            odds = torch.randn(B, device=y.device, dtype=images.dtype).exp()
+            odds = torch.randn_like(images[:, 0, 0, 0]).exp()
             t = odds / (1 + odds) if self.path == "linear" else 2 / math.pi * odds.atan()
         a, s, da, ds = mix(t[:, None, None, None], self.path)
         layers, v = self.layers(a * images + s * noise, t, y)
@@ -199,7 +207,8 @@ class SiT(nn.Module):
         with data.refuse(f"{path}: does not hold a SiT"):
             own = content["args"] if content.get("script") == "repa" else {}
             state = content.get("ema") or content.get("model") or content
-            state = {k.removeprefix("module."): v for k, v in state.items()}
+            state = {k.removeprefix("module."): v for k, v in state.items()
+                     if "projectors." not in k or "projectors.0." in k}  # of the first teacher
             dim, C, P, _ = state["x_embedder.proj.weight"].shape
             depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
             sigma = len(state["final_layer.linear.bias"]) == 2 * P * P * C
@@ -207,8 +216,6 @@ class SiT(nn.Module):
                 for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
                     state[key] = state[key].unflatten(0, (P * P, 2 * C))[:, :C].flatten(0, 1)
             last = state.get("projectors.0.4.weight", torch.empty(0, 0))
-            state = {k: v for k, v in state.items()
-                     if not k.startswith("projectors.") or k.startswith("projectors.0.")}
             model = cls(math.isqrt(state["pos_embed"].shape[1]) * P, P, dim, depth,
                         own.get("heads") or (16 if dim == 1152 else dim // 64),
                         len(state["blocks.0.mlp.fc1.bias"]) / dim,
@@ -336,20 +343,19 @@ def train_teacher(dataset, args, amp, steps):
     model = nn.ModuleList([teacher, head]).to(images.device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=max(1, steps))
-    for step in (bar := tqdm(range(steps), desc="teacher", mininterval=0.5)):
+    for step in tqdm(range(steps), desc="teacher"):
         torch.manual_seed(args.seed * 1_000_003 + step)
         index = data.batch_index(len(labels), 64, step, args.seed).to(images.device)
         with amp:
             tokens = teacher(dataset.normalise(data.augment(images[index])))  # (B, N, D)
             loss = F.cross_entropy(head(tokens.mean(1)).float(), labels[index])
         optimizer.zero_grad(), loss.backward(), optimizer.step(), schedule.step()
-        bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
     return teacher
 
 
 def pick_teacher(args, dataset, amp, out):
-    """The file of --teacher; without one, a network that is trained here first, or not at all for
-    "random". It is kept for --resume. None if nothing is to be aligned."""
+    """The file of --teacher; else a network that is trained here first, for "random" not at all,
+    and kept for --resume. None if nothing is to be aligned."""
     if args.teacher in (None, "random") and (args.align or args.teacher):
         steps, began = 0 if args.teacher else args.teacher_steps, time.time()
         print(f"teacher: a small ViT, trained for {steps} steps with the pictures' labels")
@@ -400,18 +406,17 @@ def measure(model, dataset, args, amp):
     cnn, n = data.train_cnn(dataset, args.seed), min(args.samples, len(dataset.test_labels))
     real, labels = dataset.test_images[:n], dataset.test_labels[:n]
     noise = dataset.denormalise(torch.randn(real.shape, generator=fixed).to(real.device))
-    scores = {"velocity": sum(losses) / len(losses)}
+    scores, fp32 = {"velocity": sum(losses) / 8}, torch.autocast(x.device.type, enabled=False)
     for key, images in (("frechet", generate(model, dataset, labels, args, amp)),
                         ("frechet_floor", dataset.train_images[:n]),
                         ("frechet_ceiling", (noise * 255).round().byte())):
-        scores[key] = frechet(*(data.extract(cnn.features, dataset, x, contextlib.nullcontext())
+        scores[key] = frechet(*(data.extract(cnn.features, dataset, x, fp32)
                                 for x in (images, real)))
     return scores
 
 
 def probe_by_block(model, dataset, amp, training=4000, held=1000):
-    """The paper's curve: accuracy of a linear probe on each block, fitted on `training` pictures,
-    scored on `held` others of the training set."""
+    """The paper's curve: accuracy of a linear probe on each block on `held` training pictures."""
     n = min(training + held, len(dataset.train_images))
     cut, y, curve = n - n * held // (training + held), dataset.train_labels, []
     for block in range(1, len(model.blocks) + 1):
@@ -422,18 +427,16 @@ def probe_by_block(model, dataset, amp, training=4000, held=1000):
 
 def draw(model, dataset, out, args, amp):
     """samples.png, one class a column; the training's curves; the probe by block."""
-    K = min(10, len(dataset.class_names))
-    labels = torch.arange(K, device=dataset.train_labels.device).repeat(8)
+    labels = dataset.train_labels.unique()[:10].repeat(8)
     images = generate(model, dataset, labels, args, amp, args.cfg)
-    data.save_png(out / "samples.png", images, columns=K)
+    data.save_png(out / "samples.png", images, columns=len(labels) // 8)
     other = args.compare and SiT.from_pretrained(args.compare).to(labels.device)
     curves = {name: probe_by_block(m, dataset, amp)
               for name, m in (("this run", model), ("--compare", other)) if m}
     data.save_chart(out / "blocks.svg", curves, "block", "linear probe at t = 0.5")
     if args.load:
         return ["samples.png", "blocks.svg"]
-    with open(out / "log.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader((out / "log.csv").read_text().splitlines()))
     data.save_chart(out / "training.svg", {
         name: [(int(row["step"]), float(row[name])) for row in rows]
         for name in ("velocity", "alignment")}, "step", "velocity loss; alignment: mean cosine")
@@ -511,8 +514,7 @@ def train(args):
             group["lr"] = rate
         index = data.batch_index(len(dataset.train_labels), args.batch_size, step, args.seed)
         x, y = dataset.train_images[index.to(device)], dataset.train_labels[index.to(device)]
-        aligns = teacher and step < (args.align_until or args.steps)
-        z = seen[index.to(device)] if aligns else None
+        z = seen[index.to(device)] if teacher and step < (args.align_until or args.steps) else None
         with amp:
             loss, parts = loss_function(dataset.normalise(x), y, z, args.align,
                                         args.label_dropout, args.times)
