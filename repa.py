@@ -17,7 +17,7 @@ where the tokens of a frozen teacher point, which sees the clean picture:
 
     python repa.py                                     # shapes at 16 x 16, 3 minutes on a laptop
     python repa.py --align 0 --out out/plain           # plain SiT; then --compare its checkpoint
-    python repa.py --teacher out/mae/checkpoint.pt     # or vit, jepa, DINOv2; "random": a control
+    python repa.py --image-size 32 --teacher out/mae/checkpoint.pt   # or vit, jepa, DINOv2
 
 Default run: TODO
 
@@ -533,10 +533,10 @@ def train(args):
         if steps.due(step):
             save(step + 1)
 
-    torch.manual_seed(args.seed)
     scores |= measure(ema, dataset, args, amp)
     scores["teacher_seconds"] = getattr(args, "teacher_seconds", 0.0)
     untrained = copy.deepcopy(ema)
+    torch.manual_seed(args.seed)
     untrained.init_weights()
     scores |= data.probe_scores(dataset, ema.features, untrained.features, amp)
     files = draw(ema, dataset, out, args, amp)
