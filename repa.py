@@ -389,7 +389,6 @@ def frechet(x, y):
     return ((x.mean(0) - y.mean(0)).square().sum() + S1.trace() + S2.trace() - 2 * cross).item()
 
 
-@torch.no_grad()
 def measure(model, dataset, args, amp):
     """-> velocity: the loss on 500 test pictures, mean of 8 fixed times, with fixed noise. frechet:
     distance of --samples own pictures to as many test pictures of the same classes, in the features
@@ -400,7 +399,7 @@ def measure(model, dataset, args, amp):
     noise = torch.randn(x.shape, generator=fixed).to(x.device)
     for t in torch.linspace(1 / 16, 15 / 16, 8, device=x.device):
         a, s, da, ds = mix(t, model.path)
-        with amp:
+        with amp, torch.no_grad():
             v = model(a * x + s * noise, t.expand(len(x)), y)
         losses.append((v.float() - (da * x + ds * noise)).square().mean().item())
     cnn, n = data.train_cnn(dataset, args.seed), min(args.samples, len(dataset.test_labels))
