@@ -15,11 +15,12 @@ where the tokens of a frozen teacher point, which sees the clean picture:
 
     loss = mean (v(x_t, t, class) - (noise - picture))^2 - 0.5 mean cos(projector(h), teacher)
 
-    python repa.py                                     # shapes at 16 x 16, 3 minutes on a laptop
+    python repa.py                                     # shapes at 16 x 16, default sizes
     python repa.py --align 0 --out out/plain           # plain SiT; then --compare its checkpoint
     python repa.py --image-size 32 --teacher out/mae/checkpoint.pt   # or vit, jepa, DINOv2
 
-Default run: TODO
+Default run, seed 0: Frechet distance 25 (Gaussian pixels 365, training pictures 0.5); blobs more
+than shapes. Probe on the noisy half-way pictures 0.37 (untrained 0.12, raw clean pixels 0.33).
 
 Differences from the paper:
 1. Pixels of 16 x 16, not the latents of a VAE; the projector is 2 D wide, not 2048.
@@ -139,12 +140,12 @@ class SiT(nn.Module):
     def init_weights(self):
         """The authors': xavier, zero biases; zero gates and output: the first velocity is 0. But
         time and class start larger: N(0, .02) there, in the table and in the maps of t."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight), nn.init.zeros_(module.bias)
+        nn.init.normal_(self.y_embedder["embedding_table"].weight, std=0.5)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a view: it is filled
         nn.init.zeros_(self.x_embedder.proj.bias)
-        nn.init.normal_(self.y_embedder["embedding_table"].weight, std=0.5)
+        for module in self.modules():  # the projectors last: nothing else depends on them
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight), nn.init.zeros_(module.bias)
         for module in [m.adaLN_modulation[1] for m in (*self.blocks, self.final_layer)]:
             nn.init.zeros_(module.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
