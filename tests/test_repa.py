@@ -3,10 +3,6 @@
 import argparse
 import math
 import re
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -415,25 +411,8 @@ def test_plain_and_aligned_start_the_same(script, pictures, tmp_path):
     assert first[0] == first[1]  # the velocity loss of step 0
 
 
-def test_killed_and_resumed_is_the_same_run(script, pictures, tmp_path):
-    words = ["repa.py", "--data", pictures, "--data-dir", tmp_path, *SMALL, "--steps", 50, "--precision", "fp32"]
-    assert script(*words, "--out", tmp_path / "whole").returncode == 0
-    command = [sys.executable, *map(str, words), "--out", str(tmp_path / "cut"), "--resume"]
-    for how in (signal.SIGKILL, signal.SIGINT):
-        run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        path = tmp_path / "cut" / "checkpoint.pt"
-        before = path.stat().st_mtime_ns if path.exists() else 0
-        while run.poll() is None and not (path.exists() and path.stat().st_mtime_ns > before):
-            time.sleep(0.01)
-        run.send_signal(how)
-        run.communicate()
-    assert script("repa.py", "--out", tmp_path / "cut", "--resume").returncode == 0
-    whole, cut = (data.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut"))
-    assert all((whole[part][k] == cut[part][k]).all() for part in ("model", "ema") for k in whole[part])
-    assert (tmp_path / "whole/log.csv").read_text() == (tmp_path / "cut/log.csv").read_text()
-    for scores in (whole["scores"], cut["scores"]):
-        assert scores.pop("seconds") > 0 and scores.pop("teacher_seconds") > 0
-    assert whole["scores"] == cut["scores"]
+def test_killed_and_resumed_is_the_same_run(same_run, pictures, tmp_path):
+    same_run("repa.py", "--data", pictures, "--data-dir", tmp_path, *SMALL, "--steps", 40)
 
 
 @pytest.mark.parametrize("words, message", [
