@@ -37,6 +37,22 @@ def script(tmp_path):
 
 
 @pytest.fixture
+def refused(capsys, monkeypatch):
+    """Runs a script's main in this process; returns the one line with which it refuses its arguments."""
+    monkeypatch.chdir(ROOT)
+
+    def check(module, *words):
+        with pytest.raises(SystemExit) as stop:
+            data.run(module.train, lambda: module.parse_args([str(word) for word in words]))
+        lines = capsys.readouterr().err.splitlines()  # the progress bar's are left out
+        lines = [line for line in lines if line and "it/s" not in line and "s/it" not in line]
+        assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
+        return lines[0]
+
+    return check
+
+
+@pytest.fixture
 def same_run(script, tmp_path):
     """Trains once whole, and once killed, interrupted and resumed: same weights, logs and scores, bit for bit."""
 

@@ -547,10 +547,8 @@ def test_killed_and_resumed_is_the_same_run(same_run, pictures):
     (["--load", "data.py"], "data.py: not a whole PyTorch file"),
     (["--vocab-size", 100], "argument --vocab-size: '100' is not a whole number from 514"),
 ])
-def test_mistakes_end_in_one_line(script, pictures, tmp_path, words, message):
-    done = script("clip.py", "--data", pictures, *SMALL, "--steps", 1, "--out", tmp_path, *words)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ")
-    assert message in done.stderr and "Traceback" not in done.stderr
+def test_mistakes_end_in_one_line(refused, pictures, tmp_path, words, message):
+    assert message in refused(clip, "--data", pictures, *SMALL, "--steps", 2, "--out", tmp_path, *words)
 
 
 def test_help_explains_every_option(script):

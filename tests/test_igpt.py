@@ -263,10 +263,8 @@ def test_killed_and_resumed_is_the_same_run(same_run, pictures):
     (["--objective", "gan"], "invalid choice: 'gan'"), (["--palette", "data.py"], "data.py: not a palette of 12"),
     (["--temperature", 0], "argument --temperature: '0' is not a number from 0.01"),
     (["--load", "data.py"], "data.py: not a whole PyTorch file"), (["--finetune", "none.pt"], "none.pt")])
-def test_mistakes_end_in_one_line(script, pictures, tmp_path, words, message):
-    done = script("igpt.py", "--data", pictures, *SMALL, "--out", tmp_path, *words)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert message in done.stderr
+def test_mistakes_end_in_one_line(refused, pictures, tmp_path, words, message):
+    assert message in refused(igpt, "--data", pictures, *SMALL, "--steps", 2, "--out", tmp_path, *words)
 
 
 def test_help_explains_every_option(script):

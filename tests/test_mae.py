@@ -266,10 +266,8 @@ def test_killed_and_resumed_is_the_same_run(same_run, pictures):
     (["--masking", "diagonal"], "invalid choice: 'diagonal'"),
     (["--load", "data.py"], "data.py: not a whole PyTorch file"),
 ])
-def test_mistakes_end_in_one_line(script, pictures, tmp_path, words, message):
-    done = script("mae.py", "--data", pictures, *SMALL, "--out", tmp_path, *words)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert message in done.stderr
+def test_mistakes_end_in_one_line(refused, pictures, tmp_path, words, message):
+    assert message in refused(mae, "--data", pictures, *SMALL, "--steps", 2, "--out", tmp_path, *words)
 
 
 def test_help_explains_every_option(script):
