@@ -23,7 +23,7 @@ Differences from the paper:
    picture has at all places, each dimension at variance 1. Of a young encoder, LayerNorm's targets
    are mostly position and ground colour: easy to predict, and they teach nothing about shapes.
 2. `tiny` hides random patches, not four blocks (`--masking multiblock`, which all other sizes do):
-   guessing whole blocks teaches less in a short run. The blocks' sampler is a corrected one
+   blocks teach less in a short run, probe 0.425. The blocks' sampler is a corrected one
    (`--sampler official` for theirs): any place, sizes and shapes drawn apart, surplus context
    dropped at random, where the released one never uses the last row and drops the bottom.
 3. MAE's start, not N(0, .02): patches as large as positions. The average from 0.99 to 0.999, not
