@@ -333,9 +333,10 @@ def draw(model, dataset, out, args, amp):
     torch.manual_seed(args.seed)
     context_idx, target_idx = (i.to(images.device) for i in sample_masks(len(images), n, args, 0))
     pictures = dataset.denormalise(images)
-    grey = lambda idx: torch.full_like(patchify(pictures, P), 0.5).scatter(
-        1, idx[:, :, None].expand(-1, -1, 3 * P * P), take(patchify(pictures, P), idx))
-    context = grey(context_idx)  # (8, N, P*P*3), all but the context grey
+    x = patchify(pictures, P)  # (8, N, P*P*3)
+    grey = lambda idx: torch.full_like(x, 0.5).scatter(
+        1, idx[:, :, None].expand(-1, -1, 3 * P * P), take(x, idx))
+    context = grey(context_idx)  # all but the context grey
     panels = [pictures, unpatchify(context, P)] + [unpatchify(grey(idx), P) for idx in target_idx]
     data.save_png(out / "masks.png", torch.stack(panels, 1).flatten(0, 1), columns=len(panels))
     files = ["masks.png"]
@@ -354,12 +355,12 @@ def draw(model, dataset, out, args, amp):
         _, predicted = model.loss(images, context_idx, target_idx)
     patches, panels = patchify(dataset.denormalise(bank[8:]), P).flatten(0, 1), panels[:2]
     for guess in (predicted.float(), [take(truth, idx) for idx in target_idx]):
-        x = context
+        filled = context
         for idx, z in zip(target_idx, guess):
             nearest = torch.cdist(z.flatten(0, 1), keys.flatten(0, 1)).argmin(1)
-            index = idx[:, :, None].expand(-1, -1, x.shape[2])
-            x = x.scatter(1, index, patches[nearest].reshape(index.shape))
-        panels.append(unpatchify(x, P))
+            index = idx[:, :, None].expand(-1, -1, filled.shape[2])
+            filled = filled.scatter(1, index, patches[nearest].reshape(index.shape))
+        panels.append(unpatchify(filled, P))
     data.save_png(out / "predictions.png", torch.stack(panels, 1).flatten(0, 1), columns=8)
     return files + ["predictions.png"]
 

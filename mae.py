@@ -26,7 +26,6 @@ import math
 import pathlib
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import data

@@ -7,11 +7,33 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import data
 
 ROOT = pathlib.Path(__file__).parents[1]
 torch.set_num_threads(2)
+
+
+def block_shapes(name, D):
+    """Names and shapes of a Transformer layer of width D, as timm and the files of MAE and I-JEPA have them."""
+    shapes = {"norm1.weight": (D,), "norm1.bias": (D,), "attn.qkv.weight": (3 * D, D), "attn.qkv.bias": (3 * D,),
+              "attn.proj.weight": (D, D), "attn.proj.bias": (D,), "norm2.weight": (D,), "norm2.bias": (D,),
+              "mlp.fc1.weight": (4 * D, D), "mlp.fc1.bias": (4 * D,), "mlp.fc2.weight": (D, 4 * D),
+              "mlp.fc2.bias": (D,)}
+    return {f"{name}.{k}": v for k, v in shapes.items()}
+
+
+def transformer(s, x, prefix, heads):
+    """The layers of a state dict s whose names begin with prefix, on one sequence x (N, D)."""
+    linear = lambda x, name: F.linear(x, s[name + ".weight"], s[name + ".bias"])
+    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], s[name + ".weight"], s[name + ".bias"], 1e-6)
+    for i in range(sum(k.startswith(prefix) and k.endswith("norm1.bias") for k in s)):
+        b = f"{prefix}{i}."
+        q, k, v = linear(norm(x, b + "norm1"), b + "attn.qkv").reshape(len(x), 3, heads, -1).permute(1, 2, 0, 3)
+        x = x + linear(F.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1), b + "attn.proj")
+        x = x + linear(F.gelu(linear(norm(x, b + "norm2"), b + "mlp.fc1")), b + "mlp.fc2")
+    return x
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, block_shapes, transformer
 
 import data
 import jepa
@@ -35,38 +35,19 @@ def random_file(dim=64, depth=2, width=32, predictor_depth=1, patch=4, n=4):
     """The content of a .pth.tar as the authors write it, random numbers in every tensor, tables included."""
     torch.manual_seed(0)
 
-    def block(name, D):
-        shapes = {"norm1.weight": (D,), "norm1.bias": (D,), "attn.qkv.weight": (3 * D, D), "attn.qkv.bias": (3 * D,),
-                  "attn.proj.weight": (D, D), "attn.proj.bias": (D,), "norm2.weight": (D,), "norm2.bias": (D,),
-                  "mlp.fc1.weight": (4 * D, D), "mlp.fc1.bias": (4 * D,), "mlp.fc2.weight": (D, 4 * D),
-                  "mlp.fc2.bias": (D,)}
-        return {f"{name}.{k}": v for k, v in shapes.items()}
-
     encoder = {"pos_embed": (1, n * n, dim), "norm.weight": (dim,), "norm.bias": (dim,),
                "patch_embed.proj.weight": (dim, 3, patch, patch), "patch_embed.proj.bias": (dim,)}
     for i in range(depth):
-        encoder |= block(f"blocks.{i}", dim)
+        encoder |= block_shapes(f"blocks.{i}", dim)
     predictor = {"mask_token": (1, 1, width), "predictor_pos_embed": (1, n * n, width),
                  "predictor_embed.weight": (width, dim), "predictor_embed.bias": (width,),
                  "predictor_norm.weight": (width,), "predictor_norm.bias": (width,),
                  "predictor_proj.weight": (dim, width), "predictor_proj.bias": (dim,)}
     for i in range(predictor_depth):
-        predictor |= block(f"predictor_blocks.{i}", width)
+        predictor |= block_shapes(f"predictor_blocks.{i}", width)
     draw = lambda shapes: {f"module.{name}": 0.3 * torch.randn(shape) for name, shape in shapes.items()}
     return {"encoder": draw(encoder), "predictor": draw(predictor), "target_encoder": draw(encoder),
             "opt": {}, "scaler": None, "epoch": 300, "loss": 0.1, "batch_size": 128, "world_size": 16, "lr": 0.001}
-
-
-def transformer(s, x, prefix, heads):
-    """Blocks of a file, on one sequence (N, D), in float64."""
-    linear = lambda x, name: F.linear(x, s[name + ".weight"], s[name + ".bias"])
-    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], s[name + ".weight"], s[name + ".bias"], 1e-6)
-    for i in range(sum(k.startswith(prefix) and k.endswith("norm1.bias") for k in s)):
-        b = f"{prefix}{i}."
-        q, k, v = linear(norm(x, b + "norm1"), b + "attn.qkv").reshape(len(x), 3, heads, -1).permute(1, 2, 0, 3)
-        x = x + linear(F.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1), b + "attn.proj")
-        x = x + linear(F.gelu(linear(norm(x, b + "norm2"), b + "mlp.fc1")), b + "mlp.fc2")
-    return x
 
 
 def double(state):

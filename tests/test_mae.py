@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, block_shapes, transformer
 
 import data
 import mae
@@ -41,24 +41,17 @@ def random_file(dim=64, depth=2, decoder=32, decoder_depth=1, patch=4, n=4):
     """{"model": ...} as the authors write it, with random numbers in every tensor, tables included."""
     torch.manual_seed(0)
 
-    def block(name, D):
-        shapes = {"norm1.weight": (D,), "norm1.bias": (D,), "attn.qkv.weight": (3 * D, D), "attn.qkv.bias": (3 * D,),
-                  "attn.proj.weight": (D, D), "attn.proj.bias": (D,), "norm2.weight": (D,), "norm2.bias": (D,),
-                  "mlp.fc1.weight": (4 * D, D), "mlp.fc1.bias": (4 * D,), "mlp.fc2.weight": (D, 4 * D),
-                  "mlp.fc2.bias": (D,)}
-        return {f"{name}.{k}": v for k, v in shapes.items()}
-
     shapes = {"cls_token": (1, 1, dim), "pos_embed": (1, 1 + n * n, dim), "norm.weight": (dim,), "norm.bias": (dim,),
               "patch_embed.proj.weight": (dim, 3, patch, patch), "patch_embed.proj.bias": (dim,)}
     for i in range(depth):
-        shapes |= block(f"blocks.{i}", dim)
+        shapes |= block_shapes(f"blocks.{i}", dim)
     if decoder_depth:
         shapes |= {"mask_token": (1, 1, decoder), "decoder_pos_embed": (1, 1 + n * n, decoder),
                    "decoder_embed.weight": (decoder, dim), "decoder_embed.bias": (decoder,),
                    "decoder_norm.weight": (decoder,), "decoder_norm.bias": (decoder,),
                    "decoder_pred.weight": (3 * patch**2, decoder), "decoder_pred.bias": (3 * patch**2,)}
     for i in range(decoder_depth):
-        shapes |= block(f"decoder_blocks.{i}", decoder)
+        shapes |= block_shapes(f"decoder_blocks.{i}", decoder)
     return {"model": {name: 0.3 * torch.randn(shape) for name, shape in shapes.items()}}
 
 
@@ -68,14 +61,6 @@ def reference(file, images, noise, mask_ratio, norm_pix, heads=1, decoder_heads=
     linear = lambda x, name: F.linear(x, s[name + ".weight"], s[name + ".bias"])
     norm = lambda x, name: F.layer_norm(x, x.shape[-1:], s[name + ".weight"], s[name + ".bias"], 1e-6)
 
-    def blocks(x, prefix, heads):
-        for i in range(sum(k.startswith(prefix) and k.endswith("norm1.bias") for k in s)):
-            b = f"{prefix}{i}."
-            q, k, v = linear(norm(x, b + "norm1"), b + "attn.qkv").reshape(len(x), 3, heads, -1).permute(1, 2, 0, 3)
-            x = x + linear(F.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1), b + "attn.proj")
-            x = x + linear(F.gelu(linear(norm(x, b + "norm2"), b + "mlp.fc1")), b + "mlp.fc2")
-        return x
-
     losses, preds, masks = [], [], []
     for image, numbers in zip(images, noise):
         n = math.isqrt(len(numbers))
@@ -84,10 +69,10 @@ def reference(file, images, noise, mask_ratio, norm_pix, heads=1, decoder_heads=
         embedded = embedded + s["pos_embed"][0, 1:]
         shown = sorted(range(n * n), key=lambda i: numbers[i])[:int(n * n * (1 - mask_ratio))]
         x = torch.cat([s["cls_token"][0] + s["pos_embed"][0, :1], embedded[shown]])
-        x = linear(norm(blocks(x, "blocks.", heads), "norm"), "decoder_embed")
+        x = linear(norm(transformer(s, x, "blocks.", heads), "norm"), "decoder_embed")
         full = s["mask_token"][0].repeat(1 + n * n, 1)
         full[0], full[[1 + i for i in shown]] = x[0], x[1:]
-        pred = linear(norm(blocks(full + s["decoder_pos_embed"][0], "decoder_blocks.", decoder_heads), "decoder_norm"),
+        pred = linear(norm(transformer(s, full + s["decoder_pos_embed"][0], "decoder_blocks.", decoder_heads), "decoder_norm"),
                       "decoder_pred")[1:]
         error = []
         for i in set(range(n * n)) - set(shown):
