@@ -289,9 +289,10 @@ class CBOW(nn.Module):
         self.token_embed = nn.Embedding(vocab_size, dim)
 
     def forward(self, ids):
-        place, eos = torch.arange(ids.shape[1], device=ids.device), ids.argmax(1, keepdim=True)
-        inside = (place <= eos)[:, :, None]  # (B, 77, 1): no padding
-        return (self.token_embed(ids) * inside).sum(1) / (eos + 1)
+        eos = ids.argmax(1, keepdim=True)
+        place = torch.arange(eos.max() + 1, device=ids.device)  # beyond, there is padding only
+        inside = (place <= eos)[:, :, None]  # (B, n, 1)
+        return (self.token_embed(ids[:, :len(place)]) * inside).sum(1) / (eos + 1)
 
 
 def l2_normalize(x, axis):

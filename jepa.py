@@ -341,10 +341,13 @@ def draw(model, dataset, out, args, amp):
     data.save_png(out / "masks.png", torch.stack(panels, 1).flatten(0, 1), columns=len(panels))
     files = ["masks.png"]
     if not args.load:
-        log = np.atleast_1d(np.genfromtxt(out / "log.csv", delimiter=",", names=True))
-        data.save_chart(out / "collapse.svg", {
-            key.replace("_", " "): list(zip(log["step"], log[key] / max(log[key][0], 1e-9)))
-            for key in ("effective_rank", "feature_std")}, "step", "share of the first value")
+        curves = {}
+        for folder in [out, *map(pathlib.Path, args.compare)]:
+            log = np.atleast_1d(np.genfromtxt(folder / "log.csv", delimiter=",", names=True))
+            for key in ("effective_rank", "feature_std"):
+                name = f"{folder.name}: {key.replace('_', ' ')}"
+                curves[name] = list(zip(log["step"], log[key] / max(log[key][0], 1e-9)))
+        data.save_chart(out / "collapse.svg", curves, "step", "share of the first value")
         files.append("collapse.svg")
     if model.target != "output":
         return files
@@ -389,11 +392,15 @@ def parse_args(argv=None):
     parser.add("--no-ema", False, "targets from the encoder itself", action="store_true")
     parser.add("--no-stop-grad", False, "the encoder is its own target", action="store_true")
     parser.add("--sigreg", 0.0, "weight of SIGReg", type=number(float, 0, 100))
+    parser.add("--compare", [], "folders of other runs, for collapse.svg", nargs="+")
     for name, what in (("dim", "width"), ("depth", "layers")):
         parser.add(f"--predictor-{name}", None, f"{what} of the predictor, not the size's own",
                    type=number(int, 1, 65536))
     args = data.parse(parser, "jepa", SIZES, argv)
     args.masking = args.masking or "multiblock"
+    for folder in args.compare:
+        if not (pathlib.Path(folder) / "log.csv").is_file():
+            raise data.UserError(f"--compare {folder}: not the --out folder of a run of jepa.py")
     if args.sampler == "official" and args.masking != "multiblock":
         raise data.UserError("--sampler official goes with --masking multiblock")
     if args.predictor_dim % 4 or args.predictor_dim % args.heads:

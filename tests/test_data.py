@@ -341,7 +341,7 @@ def test_probe_scores_uses_each_feature(pictures):
     brightness = lambda x: x.mean((1, 2, 3))[:, None]
     noise = lambda x: torch.randn(len(x), 4, generator=torch.Generator().manual_seed(len(x)))
     scores = data.probe_scores(own, brightness, noise, amp)
-    assert list(scores) == ["probe", "knn", "probe_random", "probe_pixels"]
+    assert list(scores) == ["probe", "probe_1_percent", "knn", "probe_random", "probe_pixels"]
     assert scores["probe"] == 1 and scores["probe_random"] < 0.8 and scores["probe_pixels"] == 1
 
 

@@ -356,9 +356,12 @@ def test_the_command_learns_draws_and_scores(script, pictures, tmp_path):
 def test_the_options_of_the_lesson_run(pictures, tmp_path):
     for words in (["--no-ema", "--sigreg", 0.1], ["--no-ema", "--no-stop-grad", "--target", "input"],
                   ["--target", "pixels", "--sampler", "official", "--masking", "multiblock", "--target-scale", 0.25]):
-        words = ["--data", pictures, *SMALL, "--steps", 2, "--out", tmp_path, *words]
+        out, others = tmp_path / words[1].strip("-"), list(tmp_path.iterdir())
+        words = ["--data", pictures, *SMALL, "--steps", 2, "--out", out, *words, *["--compare"][:len(others)], *others]
         scores = jepa.train(jepa.parse_args([str(word) for word in words]))
         assert scores["images_seen"] == 32 and math.isfinite(scores["loss"])
+    chart = (out / "collapse.svg").read_text()  # of the last run, beside the others
+    assert chart.count("<polyline") == 6 and ">no-stop-grad: feature std</text>" in chart
 
 
 def test_killed_and_resumed_is_the_same_run(same_run, pictures):
@@ -369,6 +372,7 @@ def test_killed_and_resumed_is_the_same_run(same_run, pictures):
     (["--patch-size", 5], "--patch-size 5 does not divide the pictures' side 16"),
     (["--predictor-dim", 6], "--predictor-dim 6 must be a multiple of 4 and of --heads 2"),
     (["--min-keep", 15], "fewer than --min-keep 15 of 4 x 4 patches"),
+    (["--compare", "nowhere"], "--compare nowhere: not the --out folder"),
     (["--masking", "diagonal"], "invalid choice: 'diagonal'"),
     (["--sampler", "official"], "--sampler official goes with --masking multiblock"),
     (["--ema", 2], "argument --ema: '2' is not a number from 0 to 1"),
