@@ -69,9 +69,9 @@ class Encoder(nn.Module):
 
     def layers(self, images, context_idx=None):
         """What each block gives, each (B, n, D), and last the norm of the last one."""
-        x, positions = patchify(images, self.patch_size), self.pos_embed.expand(len(images), -1, -1)
+        x, positions = patchify(images, self.patch_size), self.pos_embed
         if context_idx is not None:  # hidden patches never enter
-            x, positions = take(x, context_idx), take(positions, context_idx)
+            x, positions = take(x, context_idx), self.pos_embed[0][context_idx]
         x, out = self.patch_embed(x) + positions, []
         for block in self.blocks:
             out.append(x := block(x))
@@ -97,10 +97,9 @@ class Predictor(nn.Module):
         self.predictor_proj = nn.Linear(predictor_dim, out_dim or dim)
 
     def forward(self, z, context_idx, target_idx):
-        positions = self.predictor_pos_embed.expand(len(z), -1, -1)
-        context = self.predictor_embed(z) + take(positions, context_idx)
-        queries = self.mask_token + take(positions, target_idx)  # "what is there?", (B, K, d)
-        x = torch.cat([context, queries], dim=1)
+        context = self.predictor_embed(z) + self.predictor_pos_embed[0][context_idx]
+        queries = self.mask_token + self.predictor_pos_embed[0][target_idx]  # "what is there?"
+        x = torch.cat([context, queries], dim=1)  # (B, n + K, d)
         for block in self.predictor_blocks:
             x = block(x)
         return self.predictor_proj(self.predictor_norm(x[:, -target_idx.shape[1]:]))

@@ -26,6 +26,7 @@ import math
 import pathlib
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import data
@@ -95,9 +96,9 @@ class MAE(nn.Module):
     def encode(self, images, shown=None):
         """(B, 3, H, H) -> (B, 1 + n, D), class token first. shown (B, n): the patches to encode."""
         x = patchify(images, self.patch_size)  # (B, N, P*P*3)
-        positions = self.pos_embed[:, 1:].expand(len(x), -1, -1)  # (B, N, D)
+        positions = self.pos_embed[:, 1:]  # (1, N, D)
         if shown is not None and self.encoder_mask_token is None:  # the hidden ones are left out
-            x, positions = take(x, shown), take(positions, shown)  # (B, n, ...)
+            x, positions = take(x, shown), positions[0][shown]  # (B, n, ...)
         x = self.patch_embed(x)
         if shown is not None and self.encoder_mask_token is not None:
             seen = torch.zeros_like(x[:, :, :1]).scatter(1, shown[:, :, None], 1) == 1  # (B, N, 1)
@@ -114,8 +115,8 @@ class MAE(nn.Module):
         x = self.decoder_embed(x)  # (B, 1 + n, decoder_dim)
         if (missing := restore.shape[1] + 1 - x.shape[1]) > 0:
             hidden = self.mask_token.to(x.dtype).expand(len(x), missing, -1)
-            patches = torch.cat([x[:, 1:], hidden], dim=1)  # shown first, then hidden
-            x = torch.cat([x[:, :1], take(patches, restore)], dim=1)  # back in reading order
+            x = torch.cat([x, hidden], dim=1)  # class token, shown patches, hidden patches
+            x = take(x, F.pad(restore + 1, (1, 0)))  # and now in reading order
         x = x + self.decoder_pos_embed  # (B, 1 + N, decoder_dim)
         for block in self.decoder_blocks:
             x = block(x)

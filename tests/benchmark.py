@@ -1,60 +1,75 @@
-"""Training pictures/s of a script's model and of Hugging Face's, in alternation within one run.
+"""Training pictures/s of each script's model and of its peers, in alternation within one run.
 
-    python tests/benchmark.py                      # all, default sizes, float32 and bfloat16
+    python tests/benchmark.py                      # all six, default sizes, float32 and bfloat16
     python tests/benchmark.py vit --image-size 224 --patch-size 16 --dim 768 --depth 12 --heads 12 --batch-size 8
+    python tests/benchmark.py clip --grow          # and how the cost grows with width, depth, tokens, batch
 
-The peer is measured only where `transformers` is installed, with each attention that it offers; its
-faster one counts. Both train by the same step: forward, backward, clip, AdamW. Times are medians.
+Peers are Hugging Face's models, with each attention that they offer, and timm's ViT, where `transformers` and `timm` are
+installed; the fastest one counts. All train by the same step: forward, backward, clip, AdamW. Times are medians. "share":
+multiply-adds of the step (matrix products alone), divided by its time and by the machine's own rate at one large product.
+Peak memory is measured in a process for each model: what it holds after three steps beyond what it held before the first.
 """
 
 import argparse
 import json
+import multiprocessing
 import pathlib
+import resource
 import statistics
 import sys
 import time
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+import clip  # noqa: E402
 import igpt  # noqa: E402
+import jepa  # noqa: E402
 import mae  # noqa: E402
+import repa  # noqa: E402
 import vit  # noqa: E402
 
 
-def ours_vit(o, labels):
+def ours_vit(o):
     model = vit.ViT(o.image_size, o.patch_size, o.dim, o.depth, o.heads, num_classes=o.classes)
-    return model, lambda x: model.loss(x, labels)[0]
+    return model, lambda x: model.loss(x, labels(x, o))[0]
 
 
-def peer_vit(o, labels, attention):
+def labels(x, o):
+    return torch.arange(len(x), device=x.device) % o.classes
+
+
+def hf(o, **more):
+    return dict(image_size=o.image_size, patch_size=o.patch_size, hidden_size=o.dim, num_hidden_layers=o.depth,
+                num_attention_heads=o.heads, intermediate_size=4 * o.dim, layer_norm_eps=1e-6) | more
+
+
+def hf_vit(o, attention):
     import transformers
     model = transformers.ViTForImageClassification(transformers.ViTConfig(
-        image_size=o.image_size, patch_size=o.patch_size, hidden_size=o.dim, num_hidden_layers=o.depth,
-        num_attention_heads=o.heads, intermediate_size=4 * o.dim, num_labels=o.classes,
-        attn_implementation=attention, layer_norm_eps=1e-6))
-    return model, lambda x: F.cross_entropy(model(x).logits.float(), labels)
+        **hf(o, num_labels=o.classes, attn_implementation=attention)))
+    return model, lambda x: F.cross_entropy(model(x).logits.float(), labels(x, o))
 
 
-def ours_mae(o, labels):
-    model = mae.MAE(o.image_size, o.patch_size, o.dim, o.depth, o.heads)
+def timm_vit(o):
+    import timm
+    model = timm.models.VisionTransformer(o.image_size, o.patch_size, num_classes=o.classes, embed_dim=o.dim,
+                                          depth=o.depth, num_heads=o.heads)
+    return model, lambda x: F.cross_entropy(model(x).float(), labels(x, o))
+
+
+def ours_mae(o, masks=False):
+    model = mae.MAE(o.image_size, o.patch_size, o.dim, o.depth, o.heads, encoder_sees_masks=masks)
     return model, lambda x: model(x)[0]
 
 
-def all_tokens(o, labels):
-    """The ablation: hidden patches enter the encoder as mask tokens."""
-    model = mae.MAE(o.image_size, o.patch_size, o.dim, o.depth, o.heads, encoder_sees_masks=True)
-    return model, lambda x: model(x)[0]
-
-
-def peer_mae(o, labels, attention):
+def hf_mae(o, attention):
     import transformers
-    model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(
-        image_size=o.image_size, patch_size=o.patch_size, hidden_size=o.dim, num_hidden_layers=o.depth,
-        num_attention_heads=o.heads, intermediate_size=4 * o.dim, decoder_hidden_size=64, decoder_num_hidden_layers=1,
-        decoder_num_attention_heads=2, decoder_intermediate_size=256, attn_implementation=attention,
-        layer_norm_eps=1e-6))
+    model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**hf(
+        o, decoder_hidden_size=64, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
+        decoder_intermediate_size=256, attn_implementation=attention)))
     return model, lambda x: model(x).loss
 
 
@@ -62,27 +77,83 @@ def pixels(x, side=16, colours=64):
     return (x[:, :1, :side, :side].flatten(1) * 1e4).long() % colours
 
 
-def ours_igpt(o, labels):
+def ours_igpt(o):
     model = igpt.ImageGPT(16, o.dim, o.depth, o.heads)
     return model, lambda x: model.loss(pixels(x))[0]
 
 
-def peer_igpt(o, labels, attention):
+def hf_igpt(o, attention):
     import transformers
     model = transformers.ImageGPTForCausalImageModeling(transformers.ImageGPTConfig(
         vocab_size=65, n_positions=256, n_embd=o.dim, n_layer=o.depth, n_head=o.heads, resid_pdrop=0, embd_pdrop=0,
         attn_pdrop=0, attn_implementation=attention))
-    start = torch.full((o.batch_size, 1), 64, device=o.device)
 
     def loss(x):
         tokens = pixels(x)
-        logits = model(input_ids=torch.cat([start, tokens[:, :-1]], 1)).logits
+        logits = model(input_ids=F.pad(tokens[:, :-1], (1, 0), value=64)).logits
         return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
 
     return model, loss
 
 
-MODELS = {"vit": (ours_vit, peer_vit), "mae": (ours_mae, peer_mae), "igpt": (ours_igpt, peer_igpt)}
+def ids(x, length):
+    """Captions of 12 tokens, [SOS] and [EOS], padded to a length."""
+    words = torch.arange(len(x) * 12, device=x.device).reshape(-1, 12) % 1000
+    return F.pad(F.pad(F.pad(words, (1, 0), value=1022), (0, 1), value=1023), (0, length - 14))
+
+
+def ours_clip(o):
+    model = clip.CLIP(o.image_size, o.patch_size, o.dim, o.depth, o.heads)
+    return model, lambda x: model.loss(x, ids(x, 77))[0]
+
+
+def hf_clip(o, attention):
+    """With captions that are no longer than they must be, as ours cuts them."""
+    import transformers
+    text = dict(vocab_size=1024, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512,
+                max_position_embeddings=77, eos_token_id=1023, bos_token_id=1022, pad_token_id=0)
+    model = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=text, vision_config=hf(o), projection_dim=512, attn_implementation=attention))
+    return model, lambda x: model(input_ids=ids(x, 14), pixel_values=x, return_loss=True).loss
+
+
+def ours_jepa(o):
+    model = jepa.IJEPA(o.image_size, o.patch_size, o.dim, o.depth, o.heads, centre=True)
+    n = (o.image_size // o.patch_size) ** 2
+
+    def loss(x):
+        order = torch.rand(len(x), n, device=x.device).argsort(1)
+        return model.loss(x, order[:, :int(0.4 * n)], order[None, :, int(0.4 * n):])[0]
+
+    return model, loss
+
+
+def ours_repa(o):
+    """At 16 x 16 with patches of 2, as in the default run."""
+    model = repa.SiT(16, 2, o.dim, o.depth, o.heads)
+    return model, lambda x: model.loss(x[:, :, :16, :16], labels(x, o), torch.ones(len(x), 64, 128, device=x.device))[0]
+
+
+OURS = {"vit": ours_vit, "mae": ours_mae, "igpt": ours_igpt, "clip": ours_clip, "jepa": ours_jepa, "repa": ours_repa}
+PEERS = {"vit": hf_vit, "mae": hf_mae, "igpt": hf_igpt, "clip": hf_clip}
+
+
+def makers(name, o):
+    """{label: a function without arguments -> (model, loss of images)}, of peers those that are installed."""
+    found = {"ours": lambda: OURS[name](o)}
+    if name == "mae":
+        found["ours, all tokens in the encoder"] = lambda: ours_mae(o, masks=True)
+    for package, label, make in (("transformers", "transformers eager", lambda: PEERS[name](o, "eager")),
+                                 ("transformers", "transformers sdpa", lambda: PEERS[name](o, "sdpa")),
+                                 ("timm", "timm", lambda: timm_vit(o))):
+        if name not in PEERS or (package == "timm" and name != "vit") or (name, label) == ("igpt", "transformers sdpa"):
+            continue  # Hugging Face's iGPT refuses sdpa; of I-JEPA and SiT it has no training
+        try:
+            __import__(package)
+            found[label] = make
+        except ImportError:
+            print(f"{package} is not installed: not compared with")
+    return found
 
 
 class Trainer:
@@ -121,54 +192,96 @@ def matrix_rate(device, precision, n=2048):
     return n**3 / min(times) / 1e9
 
 
+def multiply_adds(trainer):
+    """Of a training step's matrix products, forward and backward."""
+    with FlopCounterMode(display=False) as counter, trainer.amp:
+        trainer.loss(trainer.images).backward()
+    return counter.get_total_flops() / 2
+
+
+def held(name, label, precision, o, answer):
+    """In a process of its own: sends the peak memory of three steps, in MiB, beyond what there was before."""
+    images = torch.randn(o.batch_size, 3, o.image_size, o.image_size, device=o.device)
+    trainer = Trainer(*makers(name, o)[label](), images, precision)
+    peak = lambda: (torch.cuda.max_memory_allocated() / 2**20 if images.is_cuda
+                    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    before = 0 if images.is_cuda else peak()
+    for _ in range(3):
+        trainer.step()
+    answer.put(peak() - before)
+
+
+def memory(name, label, precision, o):
+    context = multiprocessing.get_context("spawn")
+    answer = context.Queue()
+    process = context.Process(target=held, args=(name, label, precision, o, answer))
+    process.start()
+    found = answer.get()
+    process.join()
+    return found
+
+
 def measure(name, o):
-    """Rows of pictures/s: ours and each attention of the peer, float32 and bfloat16."""
+    """A row for each precision: pictures/s, memory and arithmetic of ours and of each peer."""
     torch.manual_seed(0)
     images = torch.randn(o.batch_size, 3, o.image_size, o.image_size, device=o.device)
-    labels = torch.randint(o.classes, (o.batch_size,), device=o.device)
-    ours, peer = MODELS[name]
-    makers = {"ours": lambda: ours(o, labels)}
-    if name == "mae":
-        makers["ours, all tokens in the encoder"] = lambda: all_tokens(o, labels)
-    try:
-        import transformers  # noqa: F401
-        makers |= {f"transformers {a}": lambda a=a: peer(o, labels, a) for a in ("eager", "sdpa")}
-        if name == "igpt":
-            del makers["transformers sdpa"]  # refused by this model
-    except ImportError:
-        print("transformers is not installed: no peer to compare with")
     rows = []
     for precision in ("fp32", "bf16"):
-        trainers = {key: Trainer(*make(), images, precision) for key, make in makers.items()}
+        trainers = {label: Trainer(*make(), images, precision) for label, make in makers(name, o).items()}
+        work = multiply_adds(trainers["ours"])
         for i in range(o.warmup + o.rounds):
             for trainer in trainers.values():
                 trainer.step()
         rate = {k: o.batch_size / statistics.median(t.times[o.warmup:]) for k, t in trainers.items()}
         peers = [v for k, v in rate.items() if "ours" not in k]
-        ratio = rate["ours"] / max(peers) if peers else None
-        rows.append(dict(model=name, precision=precision, pictures_per_second=rate, ratio=ratio,
-                         matrix_gmacs=matrix_rate(o.device, precision)))
+        machine = matrix_rate(o.device, precision)
+        rows.append(dict(
+            model=name, precision=precision, pictures_per_second=rate, ratio=rate["ours"] / max(peers) if peers else None,
+            mib={k: memory(name, k, precision, o) for k in trainers} if o.memory else {},
+            mega_multiply_adds=work / o.batch_size / 1e6, matrix_gmacs=machine,
+            share=work / o.batch_size * rate["ours"] / machine / 1e9))
+    best = max((v for row in rows for k, v in row["pictures_per_second"].items() if "ours" not in k), default=None)
+    rows[-1]["best_to_best"] = best and max(row["pictures_per_second"]["ours"] for row in rows) / best
     return rows
+
+
+def grow(name, o):
+    """ms a step in bfloat16 as one of width, depth, tokens and batch grows and the others stay."""
+    for axis, values in (("dim", (64, 128, 256, 512)), ("depth", (2, 4, 8)), ("image_size", (16, 32, 64)),
+                         ("batch_size", (16, 64, 256))):
+        for value in values:
+            at = argparse.Namespace(**{**vars(o), axis: value})
+            images = torch.randn(at.batch_size, 3, at.image_size, at.image_size, device=at.device)
+            trainer = Trainer(*OURS[name](at), images, "bf16")
+            for _ in range(o.warmup + 8):
+                trainer.step()
+            print(f"{name}, {axis} {value}: {1000 * statistics.median(trainer.times[o.warmup:]):.1f} ms a step")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=list(MODELS), help=", ".join(MODELS))
+    parser.add_argument("models", nargs="*", default=list(OURS), help=", ".join(OURS))
     for option, default in dict(image_size=32, patch_size=4, dim=128, depth=4, heads=4, classes=10, batch_size=64,
                                 rounds=30, warmup=5).items():
         parser.add_argument("--" + option.replace("_", "-"), type=int, default=default, help=f"default: {default}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out peak memory")
+    parser.add_argument("--grow", action="store_true", help="how a step's cost grows instead")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     o = parser.parse_args()
+    if o.grow:
+        return [grow(name, o) for name in o.models]
     rows = [row for name in o.models for row in measure(name, o)]
     if o.json:
         print(json.dumps(rows))
         return
     for row in rows:
-        rates = ", ".join(f"{k} {v:.0f}" for k, v in row["pictures_per_second"].items())
-        ratio = f"; ours / faster peer {row['ratio']:.2f}" if row["ratio"] else ""
-        print(f"{row['model']} {row['precision']}: pictures/s {rates}{ratio}; "
-              f"machine {row['matrix_gmacs']:.0f} G multiply-adds/s")
+        rates = ", ".join(f"{k} {v:.0f}" + (f" ({row['mib'][k]:.0f} MiB)" if row["mib"] else "")
+                          for k, v in row["pictures_per_second"].items())
+        ratio = f"; ours / fastest peer {row['ratio']:.2f}" if row["ratio"] else ""
+        best = f", best precision to best {row['best_to_best']:.2f}" if row.get("best_to_best") else ""
+        print(f"{row['model']} {row['precision']}: pictures/s {rates}{ratio}{best}; {row['mega_multiply_adds']:.0f} M "
+              f"multiply-adds a picture, share {row['share']:.2f} of {row['matrix_gmacs']:.0f} G/s")
 
 
 if __name__ == "__main__":

@@ -200,10 +200,10 @@ def test_init():
     x, t, y = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([1, 2])
     layers, v = model.layers(x, t, y)
     assert (v == 0).all() and all((layer == layers[0]).all() for layer in layers)
-    assert (model.pos_embed[0] == sincos_2d(192, 4)).all() and not model.pos_embed.requires_grad
+    assert (model.pos_embed[0] == sincos_2d(128, 8)).all() and not model.pos_embed.requires_grad
     bound = lambda a, b: math.sqrt(6 / (a + b))
-    for weight, limit in ((model.blocks[0].attn.qkv.weight, bound(192, 576)), (model.x_embedder.proj.weight, bound(48, 192)),
-                          (model.projectors[0][4].weight, bound(384, 40)), (model.t_embedder.mlp[0].weight, bound(256, 192))):
+    for weight, limit in ((model.blocks[0].attn.qkv.weight, bound(128, 384)), (model.x_embedder.proj.weight, bound(12, 128)),
+                          (model.projectors[0][4].weight, bound(256, 40)), (model.t_embedder.mlp[0].weight, bound(256, 128))):
         assert 0.95 * limit < weight.abs().max() <= limit
     assert 0.47 < model.y_embedder["embedding_table"].weight.std() < 0.53
 
@@ -363,8 +363,8 @@ def test_teacher_looks_at_the_students_grid(pictures, tmp_path):
 # ---------------------------------------------------------------------------------------- the real command
 
 
-SMALL = ["--dim", 16, "--depth", 2, "--heads", 2, "--align-depth", 1, "--projector-dim", 16, "--batch-size", 16,
-         "--teacher-steps", 4, "--samples", 8, "--sample-steps", 3, "--save-seconds", 0, "--device", "cpu"]
+SMALL = ["--dim", 16, "--patch-size", 4, "--depth", 2, "--heads", 2, "--align-depth", 1, "--projector-dim", 16,
+         "--batch-size", 16, "--teacher-steps", 4, "--samples", 8, "--sample-steps", 3, "--save-seconds", 0, "--device", "cpu"]
 
 
 def scores_of(done):
