@@ -394,8 +394,8 @@ class CLIP(nn.Module):
         with data.refuse(f"{path}: not a whole TorchScript archive"):
             archive = zipfile.is_zipfile(path) and any(
                 name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist())
-            content = (torch.jit.load(path, map_location="cpu").state_dict() if archive
-                       else data.load_checkpoint(path))
+            content = (torch.jit.load(data.whole(path), map_location="cpu").state_dict()
+                       if archive else data.load_checkpoint(path))
         own = content.get("script") == "clip"
         with data.refuse(f"{path}: does not hold a CLIP"):
             state, args = (content["model"], content["args"]) if own else (openai(content), {})

@@ -24,6 +24,7 @@ import tarfile
 import tempfile
 import time
 import urllib.request
+import zipfile
 import zlib
 from dataclasses import dataclass, field
 
@@ -237,8 +238,7 @@ def cifar(name, root, seed):
             images.append(records[:, label_bytes:].reshape(n, 3, 32, 32))
             if len(classes) != int(name[5:]) or labels[-1].max() >= len(classes):
                 raise ValueError(f"{file}: label {labels[-1].max()}, {len(classes)} class names")
-    g = torch.Generator().manual_seed(seed)
-    parts = []
+    g, parts = torch.Generator().manual_seed(seed), []
     for split in (slice(0, -1), slice(-1, None)):  # the last file is the test set
         y = torch.cat(labels[split])
         wording = torch.randint(len(CIFAR_TEMPLATES), y.shape, generator=g)
@@ -473,17 +473,24 @@ def save_checkpoint(path, **content):
     write_file(path, buffer.getbuffer())
 
 
+def whole(path):
+    """The path; ValueError if a zip file has a wrong checksum or folder flag: PyTorch is blind."""
+    file = zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None
+    if file and (file.testzip() or any(part.external_attr & 16 for part in file.infolist())):
+        raise ValueError("it is damaged")
+    return path
+
+
 def load_checkpoint(path, script=None):
     """A file of tensors and plain values -> dict; code in it never runs. `script`: who wrote it."""
     with refuse(f"{path}: not a whole PyTorch file of plain tensors"):
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(whole(path), map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             raise ValueError("it is damaged, or holds objects other than tensors") from None
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
-    if script and content.get("script") != script:
-        writer = content.get("script", "another program")
+    if script and (writer := content.get("script", "another program")) != script:
         raise UserError(f"{path}: written by {writer}, not by {script}.py")
     return content
 
@@ -508,14 +515,12 @@ def log(path, step, **numbers):
         rows = path.read_text().splitlines()[1:] if path.exists() else []
         rows = [row for row in rows if int(row.split(",")[0]) < step]
         new = ",".join([str(step), *(f"{float(v):.9g}" for v in numbers.values())])
-        lines = [",".join(["step", *numbers]), *rows, new]
-        write_file(path, "".join(line + "\n" for line in lines).encode())
+        write_file(path, "\n".join([",".join(["step", *numbers]), *rows, new, ""]).encode())
 
 
 def write_file(path, content):
     """Bytes, through a part file: a reader or a kill never meets half of them."""
-    path = pathlib.Path(path)
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    part = (path := pathlib.Path(path)).with_name(f"{path.name}.part-{os.getpid()}")
     with refuse(f"cannot write {path}"):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

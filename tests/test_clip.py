@@ -218,6 +218,17 @@ def test_other_files_are_refused(tmp_path, spoil):
             CLIP.from_pretrained(tmp_path / name)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_damaged_archive_is_refused(tmp_path):
+    path, weight = tmp_path / "clip.pt", torch.arange(99.0)
+    torch.jit.save(torch.jit.script(Tree({"visual.proj": weight})), path)
+    body = bytearray(path.read_bytes())
+    body[body.index(weight.numpy().tobytes()) + 50] ^= 1
+    path.write_bytes(body)
+    with pytest.raises(data.UserError, match="clip.pt: not a whole TorchScript archive .*damaged"):
+        CLIP.from_pretrained(path)
+
+
 # ------------------------------------------------------------------------------------------------ tokenizer
 
 

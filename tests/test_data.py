@@ -447,6 +447,12 @@ def test_log_drops_what_is_repeated(tmp_path):
     data.log(path, 3, loss=9, lr=0.1)
     assert path.read_text().splitlines() == lines[:4] + ["3,9,0.1"]
     path.write_text("")
+    weight = whole.index(torch.load(good)["model"]["w"].numpy().tobytes()) + 50
+    record = whole.rindex(b"PK\1\2", 0, whole.rindex(b"/data/0"))  # of the weight, in the zip's directory
+    for i, bit in ((weight, 1), (record + 38, 16)):  # what torch.load does not notice: a number, a file marked as a folder
+        bad.write_bytes(whole[:i] + bytes([whole[i] ^ bit]) + whole[i + 1:])
+        with pytest.raises(data.UserError, match="bad.pt: not a whole PyTorch file"):
+            data.load_checkpoint(bad)
     data.log(path, 0, loss=1, lr=0.1)
     assert path.read_text() == "step,loss,lr\n0,1,0.1\n"
 
