@@ -296,8 +296,7 @@ def npz(path):
                         f"{n} pictures with labels up to {labels.max()}")
     if "captions" not in held:
         captions = [f"a photo of a {names[k]}." for k in labels]
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    parts = []
+    order, parts = torch.randperm(n, generator=torch.Generator().manual_seed(0)), []
     for i in order.split([len(order) - len(order) // 10, len(order) // 10]):
         parts += [torch.from_numpy(images[i]).permute(0, 3, 1, 2).contiguous(),
                   torch.from_numpy(labels[i].astype(np.int64)), [str(captions[j]) for j in i]]
@@ -450,7 +449,8 @@ def train_cnn(data, seed=0, steps=200, batch_size=128):
     device, layout = data.train_images.device, torch.channels_last  # the faster one on a CPU
     cnn = SmallCNN(len(data.class_names)).to(device, memory_format=layout)
     if path.exists():
-        cnn.load_state_dict(load_checkpoint(path, "cnn")["model"])
+        with refuse(f"{path}: delete it, and the next run makes it again"):
+            cnn.load_state_dict(load_checkpoint(path, "cnn")["model"])
         return cnn.eval()
     optimizer = torch.optim.AdamW(cnn.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)

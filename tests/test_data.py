@@ -388,6 +388,10 @@ def test_small_cnn_learns_and_is_cached(pictures, tmp_path, monkeypatch):
 
 def test_checkpoint_round_trip(tmp_path):
     path = tmp_path / "deep" / "c.pt"
+    path, = tmp_path.glob("cnn-*.pt")
+    data.save_checkpoint(path, script="cnn", model={"head.bias": torch.ones(7)})
+    with pytest.raises(data.UserError, match="delete it"):
+        data.train_cnn(own, steps=60, batch_size=32)
     data.save_checkpoint(path, script="mae")
     data.save_checkpoint(path, script="vit", model={"w": torch.ones(2)}, args={"lr": 0.1})
     content = data.load_checkpoint(path, "vit")
