@@ -339,13 +339,13 @@ def draw(model, dataset, out, args, amp):
     context = grey(context_idx)  # all but the context grey
     panels = [pictures, unpatchify(context, P)] + [unpatchify(grey(idx), P) for idx in target_idx]
     data.save_png(out / "masks.png", torch.stack(panels, 1).flatten(0, 1), columns=len(panels))
-    files = ["masks.png"]
+    files = ["masks.png"] if args.load else ["masks.png", "collapse.svg"]
     if not args.load:
-        log = np.atleast_1d(np.genfromtxt(out / "log.csv", delimiter=",", names=True))
-        data.save_chart(out / "collapse.svg", {
-            key.replace("_", " "): list(zip(log["step"], log[key] / max(log[key][0], 1e-9)))
-            for key in ("effective_rank", "feature_std")}, "step", "share of the first value")
-        files.append("collapse.svg")
+        with data.refuse(f"{out / 'log.csv'}: not the whole log of a run"):
+            log = np.atleast_1d(np.genfromtxt(out / "log.csv", delimiter=",", names=True))
+            data.save_chart(out / "collapse.svg", {
+                key.replace("_", " "): list(zip(log["step"], log[key] / max(log[key][0], 1e-9)))
+                for key in ("effective_rank", "feature_std")}, "step", "share of the first value")
     if model.target != "output":
         return files
     bank = torch.cat([images, dataset.normalise(dataset.train_images[:500])])
