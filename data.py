@@ -194,10 +194,9 @@ def shapes(seed=0, size=32, counts=(20000, 2000, 1000)):
             crest = patterns[texture[i], torch.arange(len(i))][:, None]  # (n, 1, H, H)
             back = ground[i, :, None, None] + tint[i, :, None, None] * crest
             images[i] = (back + inside * (paint[i, :, None, None] - back)).clamp(0, 255).byte()
-    facts = torch.stack([wording, big, colour, shape, place], dim=1).tolist()
     say = lambda w, k, c, s, p: WORDINGS[w].format(
         size=("small", "big")[k], colour=list(COLOURS)[c], shape=SHAPES[s], place=list(PLACES)[p])
-    captions = [say(*fact) for fact in facts]
+    captions = list(map(say, *(x.tolist() for x in (wording, big, colour, shape, place))))
     parts, start = [], 0
     for n in counts:
         part = slice(start, start := start + n)
@@ -646,6 +645,8 @@ def parse(parser, script, sizes, argv=None):
     """Arguments. What is not given comes from the checkpoint of --resume, for --load the data set
     and the seed; then from --size."""
     args, stored = parser.parse_args(argv), {}
+    if empty := [key for key, value in vars(args).items() if value == ""]:  # of an unset $VARIABLE
+        raise UserError(f"--{empty[0].replace('_', '-')} is empty; see --help")
     if args.resume and (path := pathlib.Path(args.out) / "checkpoint.pt").exists():
         stored = load_checkpoint(path, script).get("args", {})
         stored = {key: stored[key] for key in stored if key not in ("out", "resume")}
@@ -748,8 +749,7 @@ def run(train, parse_args):
     except RuntimeError as error:  # what torch raises on a CPU; on a GPU a subclass
         if "memory" not in str(error):
             raise
-        print("error: out of memory; a smaller --batch-size, --size or --image-size may fit",
-              file=sys.stderr)
+        print("error: out of memory; lower --batch-size, --size or --image-size", file=sys.stderr)
         sys.exit(2)
 
 
