@@ -428,9 +428,10 @@ def draw(model, dataset, out, args, amp):
     labels = dataset.train_labels.unique()[:10].repeat(8)
     images = generate(model, dataset, labels, args, amp, args.cfg)
     data.save_png(out / "samples.png", images, columns=len(labels) // 8)
-    other = args.compare and SiT.from_pretrained(args.compare).to(labels.device)
-    curves = {name: probe_by_block(m, dataset, amp)
-              for name, m in (("this run", model), ("--compare", other)) if m}
+    with data.refuse(f"--compare {args.compare}: not a model of such pictures"):
+        other = args.compare and SiT.from_pretrained(args.compare).to(labels.device)
+        curves = {name: probe_by_block(m, dataset, amp)
+                  for name, m in (("this run", model), ("--compare", other)) if m}
     data.save_chart(out / "blocks.svg", curves, "block", "linear probe at t = 0.5")
     if args.load:
         return ["samples.png", "blocks.svg"]

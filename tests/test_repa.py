@@ -420,6 +420,14 @@ def test_a_damaged_log_is_refused(pictures, tmp_path, monkeypatch, log):
         repa.draw(model, data.load(str(pictures)), tmp_path, repa.parse_args(["--sample-steps", "1"]), autocast("cpu", "fp32"))
 
 
+def test_a_model_of_other_pictures_is_not_compared(pictures, tmp_path):
+    words, own = ["--sample-steps", "1", "--compare", str(tmp_path / "sit.pt")], data.load(str(pictures))
+    torch.save(random_file(sigma=True, Z=()), tmp_path / "sit.pt")  # of 8 x 8 latents
+    model = SiT(16, 8, 16, 1, 2, num_classes=3, align_depth=1, teacher_dim=0)
+    with pytest.raises(data.UserError, match="--compare .*sit.pt: not a model of such pictures"):
+        repa.draw(model, own, tmp_path, repa.parse_args(words), autocast("cpu", "fp32"))
+
+
 def test_killed_and_resumed_is_the_same_run(same_run, pictures, tmp_path):
     same_run("repa.py", "--data", pictures, "--data-dir", tmp_path, *SMALL, "--steps", 40)
 
