@@ -657,7 +657,7 @@ def parse(parser, script, sizes, argv=None):
     parser.set_defaults(**stored)
     args = parser.parse_args(argv)
     for key, value in sizes[args.size].items():
-        setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
+        setattr(args, key, value if getattr(args, key, None) is None else getattr(args, key))
     if args.dim % args.heads or args.dim % 4:
         raise UserError(f"--dim {args.dim} must be a multiple of --heads {args.heads} and of 4")
     return args

@@ -361,6 +361,12 @@ def test_the_options_of_the_lesson_run(pictures, tmp_path):
         assert scores["images_seen"] == 32 and math.isfinite(scores["loss"])
 
 
+def test_every_size_is_an_option():
+    for size, o in jepa.SIZES.items():
+        args = vars(jepa.parse_args(["--size", size]))
+        assert all(args[key] == value for key, value in o.items())
+
+
 @pytest.mark.filterwarnings("ignore:genfromtxt")
 @pytest.mark.parametrize("log", [None, b"", b"step,loss\n", b"nonsense\n0\n"])
 def test_a_damaged_log_is_refused(pictures, tmp_path, log):
