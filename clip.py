@@ -122,7 +122,7 @@ class Tokenizer:
     def __init__(self, merges):
         """merges: "l o", "lo w</w>", ...: which two symbols to join, the most urgent pair first."""
         self.merges, self.known = list(merges), {}
-        pairs = [tuple(pair.split(" ")) for pair in self.merges]
+        pairs = [(a, b) for a, b in (pair.split(" ") for pair in self.merges)]
         self.rank = {pair: i for i, pair in enumerate(pairs)}
         tokens = [*BYTES.values(), *(c + "</w>" for c in BYTES.values()), *map("".join, pairs)]
         self.ids = {token: i for i, token in enumerate([*tokens, SOS, EOS])}
@@ -160,7 +160,7 @@ class Tokenizer:
             if not str(path).endswith(".gz"):
                 return cls(data.load_checkpoint(path, "clip")["args"]["merges"])
             with gzip.open(path, "rt", encoding="utf8") as file:  # a header, and far too many
-                return cls(file.read().rstrip("\n").split("\n")[1:48895])
+                return cls(file.read().rstrip("\n").split("\n")[1:48895] or ["none"])
 
     def encode(self, text):
         """A text -> the list of its tokens' ids, without [SOS] and [EOS]."""
@@ -395,8 +395,8 @@ class CLIP(nn.Module):
         with data.refuse(f"{path}: not a whole TorchScript archive"):
             archive = zipfile.is_zipfile(path) and any(
                 name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist())
-            content = (torch.jit.load(path, map_location="cpu").state_dict() if archive
-                       else data.load_checkpoint(path))
+            content = (torch.jit.load(data.whole(path), map_location="cpu").state_dict()
+                       if archive else data.load_checkpoint(path))
         own = content.get("script") == "clip"
         with data.refuse(f"{path}: does not hold a CLIP"):
             state, args = (content["model"], content["args"]) if own else (openai(content), {})

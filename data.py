@@ -24,6 +24,7 @@ import tarfile
 import tempfile
 import time
 import urllib.request
+import zipfile
 import zlib
 from dataclasses import dataclass, field
 
@@ -193,10 +194,9 @@ def shapes(seed=0, size=32, counts=(20000, 2000, 1000)):
             crest = patterns[texture[i], torch.arange(len(i))][:, None]  # (n, 1, H, H)
             back = ground[i, :, None, None] + tint[i, :, None, None] * crest
             images[i] = (back + inside * (paint[i, :, None, None] - back)).clamp(0, 255).byte()
-    facts = torch.stack([wording, big, colour, shape, place], dim=1).tolist()
     say = lambda w, k, c, s, p: WORDINGS[w].format(
         size=("small", "big")[k], colour=list(COLOURS)[c], shape=SHAPES[s], place=list(PLACES)[p])
-    captions = [say(*fact) for fact in facts]
+    captions = list(map(say, *(x.tolist() for x in (wording, big, colour, shape, place))))
     parts, start = [], 0
     for n in counts:
         part = slice(start, start := start + n)
@@ -237,8 +237,7 @@ def cifar(name, root, seed):
             images.append(records[:, label_bytes:].reshape(n, 3, 32, 32))
             if len(classes) != int(name[5:]) or labels[-1].max() >= len(classes):
                 raise ValueError(f"{file}: label {labels[-1].max()}, {len(classes)} class names")
-    g = torch.Generator().manual_seed(seed)
-    parts = []
+    g, parts = torch.Generator().manual_seed(seed), []
     for split in (slice(0, -1), slice(-1, None)):  # the last file is the test set
         y = torch.cat(labels[split])
         wording = torch.randint(len(CIFAR_TEMPLATES), y.shape, generator=g)
@@ -296,8 +295,7 @@ def npz(path):
                         f"{n} pictures with labels up to {labels.max()}")
     if "captions" not in held:
         captions = [f"a photo of a {names[k]}." for k in labels]
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    parts = []
+    order, parts = torch.randperm(n, generator=torch.Generator().manual_seed(0)), []
     for i in order.split([len(order) - len(order) // 10, len(order) // 10]):
         parts += [torch.from_numpy(images[i]).permute(0, 3, 1, 2).contiguous(),
                   torch.from_numpy(labels[i].astype(np.int64)), [str(captions[j]) for j in i]]
@@ -452,7 +450,8 @@ def train_cnn(data, seed=0, steps=200, batch_size=128):
     device, layout = data.train_images.device, torch.channels_last  # the faster one on a CPU
     cnn = SmallCNN(len(data.class_names)).to(device, memory_format=layout)
     if path.exists():
-        cnn.load_state_dict(load_checkpoint(path, "cnn")["model"])
+        with refuse(f"{path}: delete it, and the next run makes it again"):
+            cnn.load_state_dict(load_checkpoint(path, "cnn")["model"])
         return cnn.eval()
     optimizer = torch.optim.AdamW(cnn.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
@@ -475,17 +474,24 @@ def save_checkpoint(path, **content):
     write_file(path, buffer.getbuffer())
 
 
+def whole(path):
+    """The path; ValueError if a zip file has a wrong checksum or folder flag: PyTorch is blind."""
+    file = zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None
+    if file and (file.testzip() or any(part.external_attr & 16 for part in file.infolist())):
+        raise ValueError("it is damaged")
+    return path
+
+
 def load_checkpoint(path, script=None):
     """A file of tensors and plain values -> dict; code in it never runs. `script`: who wrote it."""
     with refuse(f"{path}: not a whole PyTorch file of plain tensors"):
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(whole(path), map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             raise ValueError("it is damaged, or holds objects other than tensors") from None
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
-    if script and content.get("script") != script:
-        writer = content.get("script", "another program")
+    if script and (writer := content.get("script", "another program")) != script:
         raise UserError(f"{path}: written by {writer}, not by {script}.py")
     return content
 
@@ -510,8 +516,7 @@ def log(path, step, **numbers):
         rows = path.read_text().splitlines()[1:] if path.exists() else []
         rows = [row for row in rows if int(row.split(",")[0]) < step]
         new = ",".join([str(step), *(f"{float(v):.9g}" for v in numbers.values())])
-        lines = [",".join(["step", *numbers]), *rows, new]
-        write_file(path, "".join(line + "\n" for line in lines).encode())
+        write_file(path, "\n".join([",".join(["step", *numbers]), *rows, new, ""]).encode())
 
 
 def write_file(path, content):
@@ -644,6 +649,8 @@ def parse(parser, script, sizes, argv=None):
     """Arguments. What is not given comes from the checkpoint of --resume, for --load the data set
     and the seed; then from --size."""
     args, stored = parser.parse_args(argv), {}
+    if empty := [key for key, value in vars(args).items() if value == ""]:  # of an unset $VARIABLE
+        raise UserError(f"--{empty[0].replace('_', '-')} is empty; see --help")
     if args.resume and (path := pathlib.Path(args.out) / "checkpoint.pt").exists():
         stored = load_checkpoint(path, script).get("args", {})
         stored = {key: stored[key] for key in stored if key not in ("out", "resume")}
@@ -654,7 +661,7 @@ def parse(parser, script, sizes, argv=None):
     parser.set_defaults(**stored)
     args = parser.parse_args(argv)
     for key, value in sizes[args.size].items():
-        setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
+        setattr(args, key, value if getattr(args, key, None) is None else getattr(args, key))
     if args.dim % args.heads or args.dim % 4:
         raise UserError(f"--dim {args.dim} must be a multiple of --heads {args.heads} and of 4")
     return args
@@ -746,8 +753,7 @@ def run(train, parse_args):
     except RuntimeError as error:  # what torch raises on a CPU; on a GPU a subclass
         if "memory" not in str(error):
             raise
-        print("error: out of memory; a smaller --batch-size, --size or --image-size may fit",
-              file=sys.stderr)
+        print("error: out of memory; lower --batch-size, --size or --image-size", file=sys.stderr)
         sys.exit(2)
 
 

@@ -338,16 +338,16 @@ def draw(model, dataset, out, args, amp):
     context = grey(context_idx)  # all but the context grey
     panels = [pictures, unpatchify(context, P)] + [unpatchify(grey(idx), P) for idx in target_idx]
     data.save_png(out / "masks.png", torch.stack(panels, 1).flatten(0, 1), columns=len(panels))
-    files = ["masks.png"]
+    files = ["masks.png"] if args.load else ["masks.png", "collapse.svg"]
     if not args.load:
         curves = {}
         for folder in [out, *map(pathlib.Path, args.compare)]:
-            log = np.atleast_1d(np.genfromtxt(folder / "log.csv", delimiter=",", names=True))
-            for key in ("effective_rank", "feature_std"):
-                name = f"{folder.name}: {key.replace('_', ' ')}"
-                curves[name] = list(zip(log["step"], log[key] / max(log[key][0], 1e-9)))
+            with data.refuse(f"{folder / 'log.csv'}: not the whole log of a run"):
+                log = np.atleast_1d(np.genfromtxt(folder / "log.csv", delimiter=",", names=True))
+                for key in ("effective_rank", "feature_std"):
+                    name = f"{folder.name}: {key.replace('_', ' ')}"
+                    curves[name] = list(zip(log["step"], log[key] / max(log[key][0], 1e-9)))
         data.save_chart(out / "collapse.svg", curves, "step", "share of the first value")
-        files.append("collapse.svg")
     if model.target != "output":
         return files
     bank = torch.cat([images, dataset.normalise(dataset.train_images[:500])])

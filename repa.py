@@ -31,8 +31,6 @@ Differences from the paper:
 
 import argparse
 import copy
-import csv
-import functools
 import math
 import pathlib
 import time
@@ -56,7 +54,7 @@ SIZES = {  # S to XL are the paper's
 }
 IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])  # mean, deviation
 # LayerNorm without gamma and beta: adaLN computes these from time and class
-norm = functools.partial(nn.LayerNorm, elementwise_affine=False, eps=1e-6)
+norm = lambda dim: nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
 
 
 def mix(t, path="linear"):
@@ -430,16 +428,18 @@ def draw(model, dataset, out, args, amp):
     labels = dataset.train_labels.unique()[:10].repeat(8)
     images = generate(model, dataset, labels, args, amp, args.cfg)
     data.save_png(out / "samples.png", images, columns=len(labels) // 8)
-    other = args.compare and SiT.from_pretrained(args.compare).to(labels.device)
-    curves = {name: probe_by_block(m, dataset, amp)
-              for name, m in (("this run", model), ("--compare", other)) if m}
+    with data.refuse(f"--compare {args.compare}: not a model of such pictures"):
+        other = args.compare and SiT.from_pretrained(args.compare).to(labels.device)
+        curves = {name: probe_by_block(m, dataset, amp)
+                  for name, m in (("this run", model), ("--compare", other)) if m}
     data.save_chart(out / "blocks.svg", curves, "block", "linear probe at t = 0.5")
     if args.load:
         return ["samples.png", "blocks.svg"]
-    rows = list(csv.DictReader((out / "log.csv").read_text().splitlines()))
-    data.save_chart(out / "training.svg", {
-        name: [(int(row["step"]), float(row[name])) for row in rows]
-        for name in ("velocity", "alignment")}, "step", "velocity loss; alignment: mean cosine")
+    with data.refuse(f"{out / 'log.csv'}: not the whole log of a run"):
+        head, *rows = (line.split(",") for line in (out / "log.csv").read_text().splitlines())
+        data.save_chart(out / "training.svg", {
+            name: [(int(row[0]), float(row[head.index(name)])) for row in rows]
+            for name in ("velocity", "alignment")}, "step", "velocity loss; alignment: mean cosine")
     return ["samples.png", "blocks.svg", "training.svg"]
 
 

@@ -218,6 +218,17 @@ def test_other_files_are_refused(tmp_path, spoil):
             CLIP.from_pretrained(tmp_path / name)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_damaged_archive_is_refused(tmp_path):
+    path, weight = tmp_path / "clip.pt", torch.arange(99.0)
+    torch.jit.save(torch.jit.script(Tree({"visual.proj": weight})), path)
+    body = bytearray(path.read_bytes())
+    body[body.index(weight.numpy().tobytes()) + 50] ^= 1
+    path.write_bytes(body)
+    with pytest.raises(data.UserError, match="clip.pt: not a whole TorchScript archive .*damaged"):
+        CLIP.from_pretrained(path)
+
+
 # ------------------------------------------------------------------------------------------------ tokenizer
 
 
@@ -289,9 +300,12 @@ def test_training_a_tokenizer():
 def test_tokenizer_files(tmp_path):
     with gzip.open(tmp_path / "a.gz", "wt") as file:
         file.write("header\nl o\nlo w</w>\n")
+    assert Tokenizer.from_file(tmp_path / "a.gz").merges == ["l o", "lo w</w>"]
+    (tmp_path / "empty.gz").write_text("")
+    (tmp_path / "words.gz").write_bytes(gzip.compress(b"header\nno pair of symbols\n"))
     (tmp_path / "text.gz").write_text("l o")
     (tmp_path / "text.pt").write_text("l o")
-    for name in ("text.gz", "text.pt", "missing.gz"):
+    for name in ("text.gz", "text.pt", "missing.gz", "empty.gz", "words.gz"):
         with pytest.raises(data.UserError, match=name):
             Tokenizer.from_file(tmp_path / name)
 

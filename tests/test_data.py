@@ -1,5 +1,6 @@
 """data.py: the pictures, the yardsticks, and what happens to every kind of bad file."""
 
+import contextlib
 import hashlib
 import http.server
 import io
@@ -133,9 +134,9 @@ def test_cifar_reads_the_official_layout(tmp_path, name):
         data.load(name, tmp_path)
 
 
-@pytest.fixture
-def server():
-    """A local web server; `server.answer` holds the bytes, and how to misbehave."""
+@contextlib.contextmanager
+def web_server():
+    """A local web server; `answer` holds the bytes, and how to misbehave."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -158,6 +159,12 @@ def server():
     yield web
     web.shutdown()
     web.server_close()
+
+
+@pytest.fixture
+def server():
+    with web_server() as web:
+        yield web
 
 
 def archive(**members):
@@ -381,6 +388,10 @@ def test_small_cnn_learns_and_is_cached(pictures, tmp_path, monkeypatch):
     own.train_labels = own.train_labels.flip(0)
     again = data.train_cnn(own, steps=60, batch_size=32)
     assert all((a == b).all() for a, b in zip(cnn.state_dict().values(), again.state_dict().values()))
+    path, = tmp_path.glob("cnn-*.pt")
+    data.save_checkpoint(path, script="cnn", model={"head.bias": torch.ones(7)})
+    with pytest.raises(data.UserError, match="delete it"):
+        data.train_cnn(own, steps=60, batch_size=32)
 
 
 # ----------------------------------------------------------------------- checkpoints, log, pictures
@@ -436,6 +447,12 @@ def test_bad_checkpoints(tmp_path):
     for path in (tmp_path, tmp_path / "missing.pt"):
         with pytest.raises(data.UserError):
             data.load_checkpoint(path)
+    weight = whole.index(torch.load(good)["model"]["w"].numpy().tobytes()) + 50
+    record = whole.rindex(b"PK\1\2", 0, whole.rindex(b"/data/0"))  # of the weight, in the zip's directory
+    for i, bit in ((weight, 1), (record + 38, 16)):  # what torch.load does not notice: a number, a file marked as a folder
+        bad.write_bytes(whole[:i] + bytes([whole[i] ^ bit]) + whole[i + 1:])
+        with pytest.raises(data.UserError, match="bad.pt: not a whole PyTorch file"):
+            data.load_checkpoint(bad)
 
 
 def test_log_drops_what_is_repeated(tmp_path):

@@ -11,7 +11,7 @@ from conftest import ROOT, block_shapes, transformer
 
 import data
 import jepa
-from common import sincos_2d
+from common import autocast, sincos_2d
 from jepa import IJEPA, sample_masks
 from vit import ViT
 
@@ -362,6 +362,22 @@ def test_the_options_of_the_lesson_run(pictures, tmp_path):
         assert scores["images_seen"] == 32 and math.isfinite(scores["loss"])
     chart = (out / "collapse.svg").read_text()  # of the last run, beside the others
     assert chart.count("<polyline") == 6 and ">no-stop-grad: feature std</text>" in chart
+
+
+def test_every_size_is_an_option():
+    for size, o in jepa.SIZES.items():
+        args = vars(jepa.parse_args(["--size", size]))
+        assert all(args[key] == value for key, value in o.items())
+
+
+@pytest.mark.filterwarnings("ignore:genfromtxt")
+@pytest.mark.parametrize("log", [None, b"", b"step,loss\n", b"nonsense\n0\n"])
+def test_a_damaged_log_is_refused(pictures, tmp_path, log):
+    args = jepa.parse_args(["--min-keep", "1", "--image-size", "16"])
+    if log is not None:
+        (tmp_path / "log.csv").write_bytes(log)
+    with pytest.raises(data.UserError, match="log.csv: not the whole log of a run"):
+        jepa.draw(small().float(), data.load(str(pictures)), tmp_path, args, autocast("cpu", "fp32"))
 
 
 def test_killed_and_resumed_is_the_same_run(same_run, pictures):

@@ -410,6 +410,24 @@ def test_plain_and_aligned_start_the_same(pictures, tmp_path):
     assert first[0] == first[1]  # the velocity loss of step 0
 
 
+@pytest.mark.parametrize("log", [None, b"nonsense\n0\n", b"\xff"])
+def test_a_damaged_log_is_refused(pictures, tmp_path, monkeypatch, log):
+    monkeypatch.setattr(repa, "probe_by_block", lambda *args: [(1, 0.5)])
+    model = SiT(16, 8, 16, 1, 2, num_classes=3, align_depth=1, teacher_dim=0)
+    if log is not None:
+        (tmp_path / "log.csv").write_bytes(log)
+    with pytest.raises(data.UserError, match="log.csv: not the whole log of a run"):
+        repa.draw(model, data.load(str(pictures)), tmp_path, repa.parse_args(["--sample-steps", "1"]), autocast("cpu", "fp32"))
+
+
+def test_a_model_of_other_pictures_is_not_compared(pictures, tmp_path):
+    words, own = ["--sample-steps", "1", "--compare", str(tmp_path / "sit.pt")], data.load(str(pictures))
+    torch.save(random_file(sigma=True, Z=()), tmp_path / "sit.pt")  # of 8 x 8 latents
+    model = SiT(16, 8, 16, 1, 2, num_classes=3, align_depth=1, teacher_dim=0)
+    with pytest.raises(data.UserError, match="--compare .*sit.pt: not a model of such pictures"):
+        repa.draw(model, own, tmp_path, repa.parse_args(words), autocast("cpu", "fp32"))
+
+
 def test_killed_and_resumed_is_the_same_run(same_run, pictures, tmp_path):
     same_run("repa.py", "--data", pictures, "--data-dir", tmp_path, *SMALL, "--steps", 40)
 

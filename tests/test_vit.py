@@ -356,7 +356,7 @@ def test_killed_and_resumed_is_the_same_run(same_run, pictures):
     (["--steps", 0], "argument --steps: '0' is not a whole number from 1"),
     (["--lr", "nan"], "argument --lr: 'nan' is not a number from 0"),
     (["--device", "tpu9"], "--device tpu9: not on this machine"),
-    (["--init", "missing.pt"], "missing.pt"),
+    (["--init", "missing.pt"], "missing.pt"), (["--load", ""], "--load is empty"), (["--out", ""], "--out is empty"),
     (["--load", "data.py"], "data.py: not a whole PyTorch file"),
     (["--out", "data.py"], "cannot write data.py"),
     (["--lr", 100, "--warmup", 0, "--steps", 60], "the last checkpoint is as it was"),
