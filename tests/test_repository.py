@@ -41,7 +41,7 @@ def test_imports(path):
         allowed |= {"common", "data"}
     elif path.parent.name == "tests":
         allowed |= {"pytest", "conftest", "common", "data", *MODELS}
-        allowed |= {"transformers"} if path.stem == "benchmark" else set()
+        allowed |= {"timm", "transformers"} if path.stem == "benchmark" else set()
     assert set(imports(path)) <= allowed
 
 
