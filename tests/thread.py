@@ -75,26 +75,24 @@ def main():
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, each on a share of the cores")
     o = parser.parse_args()
     found = collections.defaultdict(list)  # (script, pictures) -> the scores of each seed
+    found["random", 0], found["pixels", 0] = ([{} for _ in o.seeds] for _ in range(2))
     with concurrent.futures.ThreadPoolExecutor(o.jobs) as pool:
         jobs = {(script, n, seed): pool.submit(run, o, f"{script}-{n}-{seed}", [
             f"{script}.py", "--steps", str(n // BATCH[script]), "--seed", str(seed)])
             for seed in o.seeds for n in o.pictures for script in o.scripts}
         for (script, n, seed), job in jobs.items():
-            found[script, n].append(job.result())
+            found[script, n].append({k: v for k, v in job.result().items() if k != "accuracy"})  # vit.py's own
         tuned = [s for s in o.scripts if s in ("mae", "jepa")] + ["scratch"] if o.finetune_steps else []
         jobs = {(script, seed): pool.submit(run, o, f"{script}-tuned-{seed}", [
             "vit.py", "--steps", str(o.finetune_steps), "--seed", str(seed), *(() if script == "scratch" else (
                 "--init", str(o.out / o.data / f"{script}-{max(o.pictures)}-{seed}" / "checkpoint.pt"),
                 "--layer-decay", "0.75"))]) for script in tuned for seed in o.seeds}
         for (script, seed), job in jobs.items():
-            (found[script, max(o.pictures)][o.seeds.index(seed)] if script != "scratch" else
-             found.setdefault(("random", 0), [{} for _ in o.seeds])[o.seeds.index(seed)])["accuracy"] = job.result()["accuracy"]
+            row = ("random", 0) if script == "scratch" else (script, max(o.pictures))
+            found[row][o.seeds.index(seed)]["accuracy"] = job.result()["accuracy"]
     for i, seed in enumerate(o.seeds):
         for name, scores in baselines(o, seed).items():
-            found.setdefault((name, 0), [{} for _ in o.seeds])[i].update(scores)
-    for (script, _), runs in found.items():
-        if script == "vit":  # its own accuracy is no fine-tuning
-            [scores.pop("accuracy", None) for scores in runs]
+            found[name, 0][i].update(scores)
 
     def cell(runs, key):
         values = [scores[key] for scores in runs if key in scores]
@@ -103,13 +101,15 @@ def main():
         spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 and key != "seconds" else ""
         return f"{statistics.mean(values):.0f}" if key == "seconds" else f"{statistics.mean(values):.3f}{spread}"
 
+    found = dict(sorted(found.items(), key=lambda item: -statistics.mean(run["probe"] for run in item[1])))
     print("| learns from | pictures | " + " | ".join(COLUMNS.values()) + " |\n|" + "---|" * (2 + len(COLUMNS)))
     for (script, n), runs in found.items():
         print(f"| {NAMES[script]} | {n:,} | " + " | ".join(cell(runs, key) for key in COLUMNS) + " |")
     for axis in ("images_seen", "seconds"):
         mean = lambda runs, key: statistics.mean(scores[key] for scores in runs)
-        series = {NAMES[script]: sorted((mean(runs, axis), mean(runs, "probe")) for (name, _), runs in found.items()
-                                        if name == script) for script in o.scripts}
+        series = {NAMES[script]: [(0, mean(found[script, o.pictures[0]], "probe_random"))] + sorted(
+            (mean(runs, axis), mean(runs, "probe")) for (name, _), runs in found.items() if name == script)
+            for script in o.scripts}
         data.save_chart(o.out / f"{o.data}-{axis}.svg", series, axis.replace("images_seen", "pictures seen"), "linear probe")
 
 
