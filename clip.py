@@ -630,7 +630,7 @@ def evaluate(model, dataset, tokenizer, task, scores, out, args, amp):
 
 def parse_args(argv=None):
     parser, number = data.Parser(__doc__), data.number
-    data.common_options(parser, "clip", SIZES, steps=1350, batch_size=64, lr=1e-3)
+    data.common_options(parser, "clip", SIZES, steps=1650, batch_size=64, lr=1e-3)
     parser.add("--warmup", 100, "steps of linear warm-up", type=number(int, 0))
     parser.add("--weight-decay", 0.05, "of matrices", type=number(float, 0, 10))
     parser.add("--augment", "light", "light: shift, mirror (left is then right in the caption)",

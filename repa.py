@@ -17,7 +17,7 @@ where the tokens of a frozen teacher point, which sees the clean picture:
 
     python repa.py                                     # shapes at 16 x 16, 3 minutes on a laptop
     python repa.py --align 0 --out out/plain           # plain SiT; then --compare its checkpoint
-    python repa.py --image-size 32 --teacher out/mae/checkpoint.pt   # or vit, jepa, DINOv2
+    python repa.py --teacher out/jepa/checkpoint.pt    # or vit, mae, DINOv2
 
 Default run: Frechet distance 26.5 (Gaussian pixels 315.5, training pictures 0.4): still blobs more
 than shapes; probe 0.352 (untrained 0.114, raw pixels 0.328); 2 min 26 s on two bfloat16 CPU cores.
@@ -445,7 +445,7 @@ def draw(model, dataset, out, args, amp):
 
 def parse_args(argv=None):
     parser, number = data.Parser(__doc__), data.number
-    data.common_options(parser, "repa", SIZES, steps=1200, batch_size=64, lr=8e-3)
+    data.common_options(parser, "repa", SIZES, steps=1100, batch_size=64, lr=8e-3)
     parser.add("--warmup", 100, "steps of linear warm-up", type=number(int, 0))
     parser.add("--align", 0.5, "weight of the alignment; 0: plain SiT", type=number(float, 0, 100))
     parser.add("--align-until", None, "step at which alignment ends", type=number(int, 1))
