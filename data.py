@@ -358,8 +358,10 @@ def mix(images, targets):
 def extract(features, data, images, amp, batch_size=50):
     """features(normalised pictures) -> (B, D), over all images: (N, D) float32."""
     with amp:
-        parts = [features(data.normalise(part)).float() for part in images.split(batch_size)]
-    return torch.cat(parts)
+        x = torch.cat([features(data.normalise(part)).float() for part in images.split(batch_size)])
+    if not x.isfinite().all():
+        raise UserError("the network's outputs are not finite: it diverged; try a smaller --lr")
+    return x
 
 
 def linear_probe(train_x, train_y, test_x, test_y):
@@ -427,8 +429,7 @@ class SmallCNN(nn.Module):
 
     def __init__(self, num_classes=10, width=32):
         super().__init__()
-        conv = lambda a, b: nn.Conv2d(a, b, 3, padding=1, bias=False)
-        stage = lambda a, b: [conv(a, b), nn.BatchNorm2d(b), nn.ReLU()]
+        stage = lambda a, b: [nn.Conv2d(a, b, 3, 1, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
         self.body = nn.Sequential(
             *stage(3, width), nn.MaxPool2d(2), *stage(width, 2 * width), nn.MaxPool2d(2),
             *stage(2 * width, 4 * width), *stage(4 * width, 4 * width))
@@ -672,9 +673,8 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
     with refuse(f"--device {name}: not on this machine"):
-        if torch.device(name).type == "meta":
-            raise ValueError("it holds no numbers")
-        return torch.zeros(1, device=name).device
+        (x := torch.zeros(1, device=name)).item()  # an error on "meta", which holds no numbers
+        return x.device
 
 
 def open_data(args, device):

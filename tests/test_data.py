@@ -352,6 +352,14 @@ def test_probe_scores_uses_each_feature(pictures):
     assert scores["probe"] == 1 and scores["probe_random"] < 0.8 and scores["probe_pixels"] == 1
 
 
+def test_features_must_be_finite(pictures):
+    own, amp = data.load(str(pictures)), torch.autocast("cpu", enabled=False)
+    for bad in (math.nan, math.inf):
+        features = lambda x: x.flatten(1) + bad * (x.mean((1, 2, 3)) > 1)[:, None]
+        with pytest.raises(data.UserError, match="not finite: it diverged"):
+            data.extract(features, own, own.train_images, amp)
+
+
 def test_linear_probe_is_logistic_regression():
     torch.manual_seed(0)
     y = torch.arange(600) % 3
