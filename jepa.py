@@ -9,7 +9,7 @@ Without this asymmetry both would agree on a constant: the representation would 
     loss = mean smooth_l1(predictor(encoder(context), positions), norm(target_encoder(picture)))
 
     python jepa.py                                    # shapes, 3 minutes on a laptop
-    python jepa.py --no-ema                           # see it collapse; also --no-stop-grad
+    python jepa.py --no-ema --no-stop-grad            # see it collapse
     python jepa.py --no-ema --sigreg 0.05             # the newer cure, without a slow average
     python jepa.py --masking multiblock               # the paper's four blocks; also block, raster
     python vit.py --init out/jepa/checkpoint.pt       # fine-tune the target encoder with labels
