@@ -364,12 +364,19 @@ def extract(features, data, images, amp, batch_size=50):
     return x
 
 
-def linear_probe(train_x, train_y, test_x, test_y):
+def both_sets(features, data, amp):
+    """-> train_x, train_y, test_x, test_y: what linear_probe and knn take, of all pictures."""
+    return (extract(features, data, data.train_images, amp), data.train_labels,
+            extract(features, data, data.test_images, amp), data.test_labels)
+
+
+def linear_probe(train_x, train_y, test_x, test_y, percent=100):
     """Accuracy (0..1) of logistic regression on features train_x (N, D), labels train_y (N,) int64.
 
-    L-BFGS on standardised features. The L2 weight is the best of four on a held-out tenth of the
-    training set; then all of that is fitted, and the test set is touched once.
+    L-BFGS on standardised features of the first `percent`, at least 20. The L2 weight is the best
+    of four on a held-out tenth of them; then all are fitted, and the test set is touched once.
     """
+    train_x, train_y = (t[:max(20, len(t) * percent // 100)] for t in (train_x, train_y))
     mean, std = train_x.mean(0), train_x.std(0) + 1e-6
     train_x, test_x, K = (train_x - mean) / std, (test_x - mean) / std, int(train_y.max()) + 1
 
@@ -410,18 +417,11 @@ def knn(train_x, train_y, test_x, test_y, k=20):
 
 def probe_scores(data, features, random_features, amp):
     """What all six scripts report: probe, the same with 1 % of the labels, knn; two baselines."""
-    side = min(32, data.image_size)  # of larger pictures, pixels are a coarse copy
-    pixels = lambda x: (F.adaptive_avg_pool2d(x, side) if side < x.shape[2] else x).flatten(1)
-    y, test_y, scores = data.train_labels, data.test_labels, {}
-    for key, f in (("probe", features), ("probe_random", random_features), ("probe_pixels", None)):
-        x, test_x = (extract(f or pixels, data, i, amp)
-                     for i in (data.train_images, data.test_images))
-        scores[key] = linear_probe(x, y, test_x, test_y)
-        if key == "probe":
-            n = max(20, len(y) // 100)
-            scores["probe_1_percent"] = linear_probe(x[:n], y[:n], test_x, test_y)
-            scores["knn"] = knn(x, y, test_x, test_y)
-    return scores
+    pixels = lambda x: F.adaptive_avg_pool2d(x, min(32, data.image_size)).flatten(1)
+    own = both_sets(features, data, amp)
+    return dict(probe=linear_probe(*own), probe_1_percent=linear_probe(*own, percent=1),
+                knn=knn(*own), probe_random=linear_probe(*both_sets(random_features, data, amp)),
+                probe_pixels=linear_probe(*both_sets(pixels, data, amp)))
 
 
 class SmallCNN(nn.Module):

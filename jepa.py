@@ -479,10 +479,8 @@ def train(args):
     torch.manual_seed(args.seed)
     untrained.init_weights()
     scores |= data.probe_scores(dataset, model.features, untrained.features, amp)
-    four = [data.extract(lambda x: model.features(x, 4), dataset, x, amp)
-            for x in (dataset.train_images, dataset.test_images)]
-    scores["probe_last_four"] = data.linear_probe(four[0], dataset.train_labels, four[1],
-                                                  dataset.test_labels)
+    scores["probe_last_four"] = data.linear_probe(
+        *data.both_sets(lambda x: model.features(x, 4), dataset, amp))
     files = draw(model, dataset, out, args, amp)
     if not args.load:
         save(max(start, args.steps))

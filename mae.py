@@ -314,10 +314,8 @@ def train(args):
     torch.manual_seed(args.seed)
     untrained.init_weights()
     scores |= data.probe_scores(dataset, model.features, untrained.features, amp)
-    cls = [data.extract(lambda x: model.features(x, "cls"), dataset, images, amp)
-           for images in (dataset.train_images, dataset.test_images)]
-    scores["probe_cls"] = data.linear_probe(cls[0], dataset.train_labels, cls[1],
-                                            dataset.test_labels)
+    scores["probe_cls"] = data.linear_probe(
+        *data.both_sets(lambda x: model.features(x, "cls"), dataset, amp))
     files = draw(model, dataset, out, args, amp) if model.has_decoder else []
     if not args.load:
         save(max(start, args.steps))

@@ -41,6 +41,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import clip, data, igpt, jepa, mae, repa, vit  # noqa: E401, E402
+from conftest import brightness, difference, plain  # noqa: E402
 
 MODULES = dict(vit=vit, mae=mae, jepa=jepa, repa=repa, clip=clip, igpt=igpt)
 SMALL = "--dim 16 --depth 2 --heads 2 --batch-size 16 --warmup 2 --precision fp32 --device cpu --save-seconds 0"
@@ -113,30 +114,7 @@ def runs(folder):
     return folder / "own"
 
 
-def plain(x):
-    """Nested tensors and values -> bytes and texts that == compares bit for bit; models, data sets: what they hold."""
-    if torch.is_tensor(x):
-        return x.dtype, tuple(x.shape), x.detach().contiguous().numpy().tobytes()
-    if isinstance(x, torch.nn.Module):
-        more = [{k: v for k, v in vars(m).items() if isinstance(v, (int, float, str))} for m in x.modules()]
-        return plain([dict(x.state_dict()), more])
-    if isinstance(x, data.Data):
-        return plain({k: v for k, v in vars(x).items() if k != "root"})
-    if isinstance(x, dict):
-        return {k: plain(v) for k, v in x.items()}
-    return [plain(v) for v in x] if isinstance(x, (list, tuple)) else repr(getattr(x, "merges", x))
-
-
 # -------------------------------------------------------------------------------------------------------- sections
-
-
-def difference(a, b):
-    """In what the folders of two finished runs differ, seconds aside."""
-    one, two = (data.load_checkpoint(folder / "checkpoint.pt") for folder in (a, b))
-    for checkpoint in (one, two):
-        checkpoint["scores"] = {k: v for k, v in checkpoint["scores"].items() if not k.endswith("seconds")}
-    parts = [part for part in ("model", "ema", "optimizer", "step", "scores") if plain(one[part]) != plain(two[part])]
-    return parts + [log.name for log in a.glob("*.csv") if log.read_bytes() != (b / log.name).read_bytes()]
 
 
 def kills(o, folder, rng, steps=150):
@@ -531,9 +509,8 @@ def main():
     o, good = parser.parse_args(), True
     torch.set_num_threads(1), warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory(prefix="proof-") as folder:
-        folder, labels = pathlib.Path(folder), np.arange(40) % 3
-        images = np.random.default_rng(o.seed).integers(0, 60, (40, 16, 16, 3)) + 80 * labels[:, None, None, None]
-        np.savez(folder / "own.npz", images=images.astype(np.uint8), labels=labels)
+        folder = pathlib.Path(folder)
+        brightness(folder / "own.npz", 40, o.seed)
         for name in o.sections:
             TALLY.clear()
             CLOCK[0] = time.time()

@@ -5,13 +5,14 @@
 
 The same encoder (patch 4, width 128, depth 4, 4 heads), the same pictures and the same probes for each objective, by the
 scripts' own commands: `python mae.py --steps 1200 --seed 0 --out out/thread/...`; a run that has ended is not repeated.
-Prints a Markdown table, mean and standard deviation over the seeds, and draws probe.svg against pictures and seconds.
+Prints a Markdown table, mean and standard deviation over the seeds, and draws the linear probe against pictures and seconds.
 iGPT works at 16 x 16 with a token a pixel. "fine-tuned": `vit.py --init` of the longest run, all labels, 400 steps.
 """
 
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import os
 import pathlib
 import statistics
@@ -56,10 +57,9 @@ def baselines(o, seed):
     dataset, found = data.load(o.data, o.data_dir, seed), {}
     torch.manual_seed(seed)
     for name, f in (("pixels", lambda x: x.flatten(1)), ("random", vit.ViT(num_classes=1).features)):
-        both = [data.extract(f, dataset, x, torch.inference_mode()) for x in (dataset.train_images, dataset.test_images)]
-        y, test_y, n = dataset.train_labels, dataset.test_labels, len(dataset.train_labels) // 100
-        found[name] = dict(probe=data.linear_probe(both[0], y, both[1], test_y), knn=data.knn(both[0], y, both[1], test_y),
-                           probe_1_percent=data.linear_probe(both[0][:n], y[:n], both[1], test_y))
+        own = data.both_sets(f, dataset, contextlib.nullcontext())
+        found[name] = dict(probe=data.linear_probe(*own), knn=data.knn(*own),
+                           probe_1_percent=data.linear_probe(*own, percent=1))
     return found
 
 
