@@ -3,18 +3,23 @@
     python tests/benchmark.py                      # all six, default sizes, float32 and bfloat16
     python tests/benchmark.py vit --image-size 224 --patch-size 16 --dim 768 --depth 12 --heads 12 --batch-size 8
     python tests/benchmark.py clip --grow          # and how the cost grows with width, depth, tokens, batch
+    python tests/benchmark.py --sample             # pictures/s drawn by iGPT and SiT
+    python tests/benchmark.py --precision bf16 --compile    # a GPU: with torch.compile, too
 
-Peers are Hugging Face's models, with each attention that they offer, and timm's ViT, where `transformers` and `timm` are
-installed; the fastest one counts. All train by the same step: forward, backward, clip, AdamW. Times are medians. "share":
-multiply-adds of the step (matrix products alone), divided by its time and by the machine's own rate at one large product.
-Peak memory is measured in a process for each model: what it holds after three steps beyond what it held before the first.
+Peers are Hugging Face's models, with each attention that they offer, timm's ViT, and the authors' I-JEPA and REPA, where
+`transformers` and `timm` are installed, and facebookresearch/ijepa and sihyun-yu/REPA on PYTHONPATH; the fastest one
+counts. All train by the same step: forward, backward, clip, AdamW. Times are medians. "share": multiply-adds of the step
+(matrix products alone), divided by its time and by the machine's own rate at one large product. Peak memory: what three
+steps hold beyond what was held before them.
 """
 
 import argparse
+import functools
+import importlib.util
 import json
 import multiprocessing
 import pathlib
-import resource
+import queue
 import statistics
 import sys
 import time
@@ -134,26 +139,75 @@ def ours_repa(o):
     return model, lambda x: model.loss(x[:, :, :16, :16], labels(x, o), torch.ones(len(x), 64, 128, device=x.device))[0]
 
 
+def official_jepa(o):
+    """facebookresearch/ijepa on PYTHONPATH."""
+    from src.masks.utils import apply_masks
+    from src.models.vision_transformer import VisionTransformer, VisionTransformerPredictor
+    more = dict(mlp_ratio=4, norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6))
+    make = lambda: VisionTransformer([o.image_size], o.patch_size, embed_dim=o.dim, depth=o.depth, num_heads=o.heads, **more)
+    n = (o.image_size // o.patch_size) ** 2
+    predictor = VisionTransformerPredictor(n, o.dim, 64, 2, o.heads, **more)
+    model = torch.nn.ModuleList([make(), predictor, make().requires_grad_(False)])
+
+    def loss(x):
+        order = torch.rand(len(x), n, device=x.device).argsort(1)
+        shown, hidden = [order[:, :int(0.4 * n)]], [order[:, int(0.4 * n):]]
+        with torch.no_grad():
+            target = apply_masks(F.layer_norm(model[2](x), (o.dim,)), hidden)
+        return F.smooth_l1_loss(predictor(model[0](x, shown), shown, hidden).float(), target.float())
+
+    return model, loss
+
+
+def official_repa(o):
+    """sihyun-yu/REPA on PYTHONPATH; it needs timm."""
+    from loss import SILoss
+    from models.sit import SiT
+    model = SiT("linear", 16, 2, 3, o.dim, o.dim, encoder_depth=2, depth=o.depth, num_heads=o.heads, num_classes=10, use_cfg=True,
+                z_dims=[128], projector_dim=256, qk_norm=False, fused_attn=True)
+
+    def loss(x):
+        zs = [torch.ones(len(x), 64, 128, device=x.device)]
+        velocity, alignment = SILoss()(model, x[:, :, :16, :16], dict(y=labels(x, o)), zs)
+        return velocity.mean() + 0.5 * alignment.mean()
+
+    return model, loss
+
+
 OURS = {"vit": ours_vit, "mae": ours_mae, "igpt": ours_igpt, "clip": ours_clip, "jepa": ours_jepa, "repa": ours_repa}
 PEERS = {"vit": hf_vit, "mae": hf_mae, "igpt": hf_igpt, "clip": hf_clip}
+OFFICIAL = {"jepa": ("src", official_jepa), "repa": ("loss", official_repa)}
+
+
+@functools.cache
+def installed(package):
+    found = importlib.util.find_spec(package) is not None
+    print("" if found else f"no package {package}: not compared with\n", end="")
+    return found
 
 
 def makers(name, o):
-    """{label: a function without arguments -> (model, loss of images)}, of peers those that are installed."""
+    """{label: a function without arguments -> (model, loss of images)}, of peers those that are importable."""
     found = {"ours": lambda: OURS[name](o)}
+    if o.compile:
+        found["ours compiled"] = lambda: compiled(*OURS[name](o))
     if name == "mae":
         found["ours, all tokens in the encoder"] = lambda: ours_mae(o, masks=True)
     for package, label, make in (("transformers", "transformers eager", lambda: PEERS[name](o, "eager")),
                                  ("transformers", "transformers sdpa", lambda: PEERS[name](o, "sdpa")),
                                  ("timm", "timm", lambda: timm_vit(o))):
         if name not in PEERS or (package == "timm" and name != "vit") or (name, label) == ("igpt", "transformers sdpa"):
-            continue  # Hugging Face's iGPT refuses sdpa; of I-JEPA and SiT it has no training
-        try:
-            __import__(package)
+            continue  # Hugging Face's iGPT refuses sdpa
+        if installed(package):
             found[label] = make
-        except ImportError:
-            print(f"{package} is not installed: not compared with")
+    if name in OFFICIAL and installed(OFFICIAL[name][0]):
+        found["the authors'"] = lambda: OFFICIAL[name][1](o)
     return found
+
+
+def compiled(model, loss):
+    model.loss = torch.compile(getattr(model, "loss", model.forward))  # what the scripts compile
+    return model, loss if "loss" in dir(type(model)) else lambda x: model.loss(x)[0]
 
 
 class Trainer:
@@ -166,8 +220,7 @@ class Trainer:
         self.times = []
 
     def step(self):
-        wait = torch.cuda.synchronize if self.images.is_cuda else lambda: None
-        wait()
+        wait(self.images.device)
         start = time.perf_counter()
         with self.amp:
             loss = self.loss(self.images)
@@ -175,19 +228,23 @@ class Trainer:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        wait()
+        wait(self.images.device)
         self.times.append(time.perf_counter() - start)
 
 
-def matrix_rate(device, precision, n=2048):
-    """The machine's own multiply-adds per second, in 10^9, on one n x n matrix product."""
+def wait(device):
+    torch.cuda.synchronize() if torch.device(device).type == "cuda" else None
+
+
+def matrix_rate(device, precision):
+    """The machine's own multiply-adds per second, in 10^9, on one large matrix product."""
+    n, times = 2048 if torch.device(device).type == "cpu" else 8192, []
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    times = []
     for _ in range(8):
-        if a.is_cuda:
-            torch.cuda.synchronize()
+        wait(device)
         start = time.perf_counter()
-        (a @ a).sum().item()
+        a @ a
+        wait(device)
         times.append(time.perf_counter() - start)
     return n**3 / min(times) / 1e9
 
@@ -200,18 +257,26 @@ def multiply_adds(trainer):
 
 
 def held(name, label, precision, o, answer):
-    """In a process of its own: sends the peak memory of three steps, in MiB, beyond what there was before."""
+    """Sends the peak memory of three steps, in MiB, beyond what there was before; on a CPU (Linux), weights do not count."""
     images = torch.randn(o.batch_size, 3, o.image_size, o.image_size, device=o.device)
+    if images.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        peak, before = lambda: torch.cuda.max_memory_allocated() / 2**20, torch.cuda.memory_allocated() / 2**20
     trainer = Trainer(*makers(name, o)[label](), images, precision)
-    peak = lambda: (torch.cuda.max_memory_allocated() / 2**20 if images.is_cuda
-                    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    before = 0 if images.is_cuda else peak()
+    if not images.is_cuda:
+        status = lambda key: int(pathlib.Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0])
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far, that of the imports
+        peak, before = lambda: status("VmHWM") / 1024, status("VmRSS") / 1024
     for _ in range(3):
         trainer.step()
     answer.put(peak() - before)
 
 
 def memory(name, label, precision, o):
+    """On a CPU in a process of its own, as a process does not give back what it has once held."""
+    if torch.device(o.device).type != "cpu":
+        held(name, label, precision, o, answer := queue.Queue())
+        return answer.get()
     context = multiprocessing.get_context("spawn")
     answer = context.Queue()
     process = context.Process(target=held, args=(name, label, precision, o, answer))
@@ -226,7 +291,7 @@ def measure(name, o):
     torch.manual_seed(0)
     images = torch.randn(o.batch_size, 3, o.image_size, o.image_size, device=o.device)
     rows = []
-    for precision in ("fp32", "bf16"):
+    for precision in o.precision:
         trainers = {label: Trainer(*make(), images, precision) for label, make in makers(name, o).items()}
         work = multiply_adds(trainers["ours"])
         for i in range(o.warmup + o.rounds):
@@ -239,10 +304,38 @@ def measure(name, o):
             model=name, precision=precision, pictures_per_second=rate, ratio=rate["ours"] / max(peers) if peers else None,
             mib={k: memory(name, k, precision, o) for k in trainers} if o.memory else {},
             mega_multiply_adds=work / o.batch_size / 1e6, matrix_gmacs=machine,
-            share=work / o.batch_size * rate["ours"] / machine / 1e9))
+            share=work / o.batch_size * max(v for k, v in rate.items() if k in ("ours", "ours compiled")) / machine / 1e9))
     best = max((v for row in rows for k, v in row["pictures_per_second"].items() if "ours" not in k), default=None)
     rows[-1]["best_to_best"] = best and max(row["pictures_per_second"]["ours"] for row in rows) / best
     return rows
+
+
+@torch.no_grad()
+def sampling(o):
+    """Pictures/s drawn in float32: by iGPT (8 of 256 tokens, with a cache), by SiT (64 of 16 x 16, 15 Euler steps)."""
+    tokens, noise = torch.empty(8, 0, dtype=torch.long, device=o.device), torch.randn(64, 3, 16, 16, device=o.device)
+    gpt, sit = (OURS[name](o)[0].to(o.device).eval() for name in ("igpt", "repa"))
+    ways = {"igpt": {"ours": lambda: gpt.sample(tokens)},
+            "repa": {"ours": lambda: repa.sample(sit, noise, labels(noise, o), 15)}}
+    if installed("transformers"):
+        hf, start = hf_igpt(o, "eager")[0].to(o.device).eval(), torch.full((8, 1), 64, device=o.device)
+        ways["igpt"]["transformers eager"] = lambda: hf.generate(start, max_length=256, do_sample=True, top_k=0)
+    if installed("loss"):
+        from samplers import euler_sampler
+        theirs = official_repa(o)[0].to(o.device).eval()
+        ways["repa"]["the authors'"] = lambda: euler_sampler(theirs, noise, labels(noise, o), 15)
+    for name, draw in ways.items():
+        times = {label: [] for label in draw}
+        for _ in range(5):
+            for label, f in draw.items():
+                wait(o.device)
+                start_time = time.perf_counter()
+                f()
+                wait(o.device)
+                times[label].append(time.perf_counter() - start_time)
+        count = len(tokens) if name == "igpt" else len(noise)
+        print(f"{name} sampling: pictures/s " + ", ".join(
+            f"{label} {count / statistics.median(t[1:]):.2f}" for label, t in times.items()))
 
 
 def grow(name, o):
@@ -265,10 +358,15 @@ def main():
                                 rounds=30, warmup=5).items():
         parser.add_argument("--" + option.replace("_", "-"), type=int, default=default, help=f"default: {default}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--compile", action="store_true", help="ours with torch.compile, too")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out peak memory")
     parser.add_argument("--grow", action="store_true", help="how a step's cost grows instead")
+    parser.add_argument("--sample", action="store_true", help="sampling of iGPT and SiT instead")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     o = parser.parse_args()
+    if o.sample:
+        return sampling(o)
     if o.grow:
         return [grow(name, o) for name in o.models]
     rows = [row for name in o.models for row in measure(name, o)]

@@ -1,7 +1,7 @@
 """The lecture's thread, measured: "more semantic loss functions -> better performance and faster training".
 
     python tests/thread.py                                 # shapes, 3 seeds
-    python tests/thread.py --data cifar10 --pictures 76800
+    python tests/thread.py --data cifar10 --pictures 1024000 256000 --batch-size 256 --finetune-steps 2000
 
 The same encoder (patch 4, width 128, depth 4, 4 heads), the same pictures and the same probes for each objective, by the
 scripts' own commands: `python mae.py --steps 1200 --seed 0 --out out/thread/...`; a run that has ended is not repeated.
@@ -54,9 +54,11 @@ def run(o, name, words):
 
 def baselines(o, seed):
     """-> {"pixels": scores, "random": scores}: the same probes on raw pixels and on an untrained ViT."""
-    dataset, found = data.load(o.data, o.data_dir, seed), {}
+    device, found = data.pick_device("auto"), {}
+    dataset = data.load(o.data, o.data_dir, seed).to(device)
     torch.manual_seed(seed)
-    for name, f in (("pixels", lambda x: x.flatten(1)), ("random", vit.ViT(num_classes=1).features)):
+    untrained = vit.ViT(num_classes=1).to(device)
+    for name, f in (("pixels", lambda x: x.flatten(1)), ("random", untrained.features)):
         own = data.both_sets(f, dataset, contextlib.nullcontext())
         found[name] = dict(probe=data.linear_probe(*own), knn=data.knn(*own),
                            probe_1_percent=data.linear_probe(*own, percent=1))
@@ -69,22 +71,25 @@ def main():
     parser.add_argument("--data-dir", default="datasets")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "out" / "thread")
     parser.add_argument("--pictures", type=int, nargs="+", default=[76800, 19200], help="seen in training")
+    parser.add_argument("--batch-size", type=int, help="default: the scripts' own")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--scripts", nargs="+", default=["vit", "clip", "jepa", "mae"], choices=list(BATCH))
     parser.add_argument("--finetune-steps", type=int, default=400, help="0: no fine-tuning")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, each on a share of the cores")
     o = parser.parse_args()
+    batch = ["--batch-size", str(o.batch_size)] if o.batch_size else []
+    steps = lambda script, n: ["--steps", str(n // (o.batch_size or BATCH[script])), *batch]
     found = collections.defaultdict(list)  # (script, pictures) -> the scores of each seed
     found["random", 0], found["pixels", 0] = ([{} for _ in o.seeds] for _ in range(2))
     with concurrent.futures.ThreadPoolExecutor(o.jobs) as pool:
         jobs = {(script, n, seed): pool.submit(run, o, f"{script}-{n}-{seed}", [
-            f"{script}.py", "--steps", str(n // BATCH[script]), "--seed", str(seed)])
+            f"{script}.py", *steps(script, n), "--seed", str(seed)])
             for seed in o.seeds for n in o.pictures for script in o.scripts}
         for (script, n, seed), job in jobs.items():
             found[script, n].append({k: v for k, v in job.result().items() if k != "accuracy"})  # vit.py's own
         tuned = [s for s in o.scripts if s in ("mae", "jepa")] + ["scratch"] if o.finetune_steps else []
         jobs = {(script, seed): pool.submit(run, o, f"{script}-tuned-{seed}", [
-            "vit.py", "--steps", str(o.finetune_steps), "--seed", str(seed), *(() if script == "scratch" else (
+            "vit.py", "--steps", str(o.finetune_steps), *batch, "--seed", str(seed), *(() if script == "scratch" else (
                 "--init", str(o.out / o.data / f"{script}-{max(o.pictures)}-{seed}" / "checkpoint.pt"),
                 "--layer-decay", "0.75"))]) for script in tuned for seed in o.seeds}
         for (script, seed), job in jobs.items():
