@@ -521,6 +521,12 @@ def log(path, step, **numbers):
         write_file(path, "\n".join([",".join(["step", *numbers]), *rows, new, ""]).encode())
 
 
+def read_log(path):
+    """What `log` wrote -> {column: its numbers}; ValueError if lines are damaged."""
+    head, *rows = (line.split(",") for line in path.read_text().splitlines())
+    return dict(zip(head, zip(*(map(float, row) for row in rows), strict=True), strict=True))
+
+
 def write_file(path, content):
     """Bytes, through a part file: a reader or a kill never meets half of them."""
     path = pathlib.Path(path)

@@ -436,10 +436,10 @@ def draw(model, dataset, out, args, amp):
     if args.load:
         return ["samples.png", "blocks.svg"]
     with data.refuse(f"{out / 'log.csv'}: not the whole log of a run"):
-        head, *rows = (line.split(",") for line in (out / "log.csv").read_text().splitlines())
+        log = data.read_log(out / "log.csv")
         data.save_chart(out / "training.svg", {
-            name: [(int(row[0]), float(row[head.index(name)])) for row in rows]
-            for name in ("velocity", "alignment")}, "step", "velocity loss; alignment: mean cosine")
+            name: zip(log["step"], log[name]) for name in ("velocity", "alignment")}, "step",
+            "velocity loss; alignment: mean cosine")
     return ["samples.png", "blocks.svg", "training.svg"]
 
 

@@ -471,6 +471,12 @@ def test_log_drops_what_is_repeated(tmp_path):
     assert lines[0] == "step,loss,lr" and float(lines[2].split(",")[1]) == pytest.approx(1 / 3, abs=1e-8)
     data.log(path, 3, loss=9, lr=0.1)
     assert path.read_text().splitlines() == lines[:4] + ["3,9,0.1"]
+    read = data.read_log(path)
+    assert list(read) == ["step", "loss", "lr"] and read["step"] == (0, 1, 2, 3) and read["loss"][3] == 9
+    for damage in ("", "step,loss\n", "step,loss\n1\n", "step,loss\n1,2\n3\n", "step,loss\n1,two\n"):
+        (tmp_path / "bad.csv").write_text(damage)
+        with pytest.raises(ValueError):
+            data.read_log(tmp_path / "bad.csv")
     path.write_text("")
     data.log(path, 0, loss=1, lr=0.1)
     assert path.read_text() == "step,loss,lr\n0,1,0.1\n"

@@ -370,8 +370,7 @@ def test_every_size_is_an_option():
         assert all(args[key] == value for key, value in o.items())
 
 
-@pytest.mark.filterwarnings("ignore:genfromtxt")
-@pytest.mark.parametrize("log", [None, b"", b"step,loss\n", b"nonsense\n0\n"])
+@pytest.mark.parametrize("log", [None, b"", b"step,loss\n", b"nonsense\n0\n", b"step,effective_rank,feature_std\n0,1,2\n9,1"])
 def test_a_damaged_log_is_refused(pictures, tmp_path, log):
     args = jepa.parse_args(["--min-keep", "1", "--image-size", "16"])
     if log is not None:
