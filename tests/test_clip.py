@@ -80,7 +80,7 @@ def random_file(kind, V=40, E=24, D=64, D_t=64, layers=2, n=4, P=4, w=8):
     s["visual.attnpool.positional_embedding"] = r(1 + 2 * 2, channels)
     for q in ("q_proj", "k_proj", "v_proj", "c_proj"):
         out = E if q == "c_proj" else channels
-        s |= {f"visual.attnpool.{q}.weight": r(out, channels) / 4, f"visual.attnpool.{q}.bias": r(out)}
+        s |= {f"visual.attnpool.{q}.weight": r(out, channels) / 100, f"visual.attnpool.{q}.bias": r(out)}
     return s
 
 
