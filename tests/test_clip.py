@@ -453,6 +453,13 @@ def test_retrieval_counts_what_says_the_same():
     scores = clip.retrieval(Perfect(), dataset, tokenizer, amp)
     assert scores["image_to_text"] == pytest.approx([4 / 6, 1, 1])
 
+    class Leaning(Perfect):
+        def encode_text(self, ids):  # the heart's caption is nearer to the moon, but no other is as near to the heart
+            return torch.eye(6, 600).index_put((torch.tensor(5),), torch.eye(600)[4] + torch.eye(600)[5] / 2)
+
+    scores = clip.retrieval(Leaning(), dataset, lambda captions, truncate: torch.zeros(6, 2).long(), amp)
+    assert scores["image_to_text"] == [1, 1, 1] and scores["text_to_image"] == pytest.approx([5 / 6, 1, 1])
+
 
 def test_bag_of_words():
     model, rows = small("bow"), IDS[1:]
