@@ -6,7 +6,7 @@ then on a sentence is a classifier: the class whose prompt lies nearest to the p
 
     loss = (cross_entropy(logits, i) + cross_entropy(logits^T, i)) / 2,  logits = e^t I_e T_e^T
 
-    python clip.py                                    # shapes, minutes on a laptop
+    python clip.py                                    # shapes, 3 minutes on two CPU cores
     python clip.py --text-encoder transformer         # which reads the order of words, too
     python clip.py --objective bow --out out/bow      # predict the caption's words, or write it:
     python clip.py --objective caption --out out/caption --compare out/bow out/clip
@@ -455,7 +455,7 @@ def openai(content):
 
 
 class BagOfWords(nn.Module):
-    """Before CLIP, 1: from the picture, predict the tokens of its caption, in whatever order."""
+    """Before CLIP, 2: from the picture, predict the tokens of its caption, in whatever order."""
 
     def __init__(self, clip):
         super().__init__()
@@ -463,7 +463,7 @@ class BagOfWords(nn.Module):
         self.head = nn.Linear(clip.W_i.in_features, clip.text_encoder.token_embed.num_embeddings)
 
     def shares(self, ids):
-        """(..., 77) -> (..., V), summing to 1: equal shares of the tokens from [SOS] to [EOS]."""
+        """(..., 77) -> (..., V), summing to 1: equal shares of the tokens between [SOS], [EOS]."""
         place, eos = torch.arange(ids.shape[-1], device=ids.device), ids.argmax(-1, keepdim=True)
         share = ((place > 0) & (place < eos)) / (eos - 1).clamp(min=1)
         return share.new_zeros(*ids.shape[:-1], self.head.out_features).scatter_add(-1, ids, share)
@@ -478,7 +478,7 @@ class BagOfWords(nn.Module):
 
 
 class Captioner(nn.Module):
-    """Before CLIP, 2: with the picture as four tokens to begin with, write its caption."""
+    """Before CLIP, 1: with the picture as four tokens to begin with, write its caption."""
 
     def __init__(self, clip):
         super().__init__()
@@ -636,13 +636,13 @@ def parse_args(argv=None):
                choices=["none", "light"])
     parser.add("--objective", "contrastive", "bow: predict the words; caption: write them",
                choices=OBJECTIVES)
-    parser.add("--image-encoder", None, "not the size's own", choices=["vit", "resnet"])
+    parser.add("--image-encoder", None, "else the size's", choices=["vit", "resnet"])
     parser.add("--text-encoder", "cbow", "cbow: the mean of the tokens' vectors; for --objective "
                "caption, always transformer", choices=["transformer", "cbow"])
     for name, what in (("embed-dim", "width of the joint embedding"),
                        ("text-dim", "width of the text encoder"), ("text-depth", "its layers"),
                        ("text-heads", "its attention heads")):
-        parser.add(f"--{name}", None, f"{what}, not the size's own", type=number(int, 1, 65536))
+        parser.add(f"--{name}", None, f"{what}, else the size's", type=number(int, 1, 65536))
     parser.add("--tokenizer", None, "OpenAI's bpe_simple_vocab_16e6.txt.gz; else learn one")
     parser.add("--vocab-size", 1024, "most tokens to learn", type=number(int, 514))
     parser.add("--compare", [], "folders of other runs, for the charts", nargs="+")
@@ -735,7 +735,7 @@ def train(args):
         loss.backward()
         steps.check(step, loss, nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         optimizer.step()
-        if args.objective == "contrastive":  # "clipped to prevent scaling the logits by over 100"
+        if args.objective == "contrastive":  # so that logits are never scaled by over 100
             model.t.data.clamp_(max=math.log(100))
         scores = dict(loss=steps.loss, seconds=steps.seconds(), images_seen=(step + 1) * len(x))
         if step % 10 == 0 or step + 1 == args.steps:

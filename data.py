@@ -227,7 +227,7 @@ def cifar(name, root, seed):
         download(CIFAR_URL + archive, md5, root, folder, sizes | {names: None})
     path, images, labels = root / folder, [], []
     with refuse(f"{path} is damaged: delete it, and the next run downloads it again"):
-        classes = (path / names).read_text().split()
+        classes = [k.replace("_", " ") for k in (path / names).read_text().split()]
         for file, n in files.items():
             records = torch.from_numpy(np.fromfile(path / file, np.uint8))
             if records.numel() != n * (3072 + label_bytes):
@@ -241,8 +241,8 @@ def cifar(name, root, seed):
     for split in (slice(0, -1), slice(-1, None)):  # the last file is the test set
         y = torch.cat(labels[split])
         wording = torch.randint(len(CIFAR_TEMPLATES), y.shape, generator=g)
-        parts += [torch.cat(images[split]), y, [
-            CIFAR_TEMPLATES[w].format(classes[k].replace("_", " ")) for w, k in zip(wording, y)]]
+        parts += [torch.cat(images[split]), y,
+                  [CIFAR_TEMPLATES[w].format(classes[k]) for w, k in zip(wording, y)]]
     return Data(name, classes, *parts)
 
 
@@ -639,7 +639,7 @@ def common_options(parser, script, sizes, steps, batch_size, lr):
     for name, what in (("image-size", "side to which pictures are rescaled"), ("dim", "width D"),
                        ("patch-size", "side of a patch"), ("depth", "number of layers"),
                        ("heads", "number of attention heads")):
-        parser.add(f"--{name}", None, f"{what}, not the size's own", type=number(int, 1, 65536))
+        parser.add(f"--{name}", None, f"{what}, else the size's", type=number(int, 1, 65536))
     parser.add("--steps", steps, "training steps", type=count)
     parser.add("--batch-size", batch_size, "pictures in a step", type=count)
     parser.add("--lr", lr, "peak learning rate", type=number(float, 0, 100))

@@ -8,13 +8,13 @@ Without this asymmetry both would agree on a constant: the representation would 
 
     loss = mean smooth_l1(predictor(encoder(context), positions), norm(target_encoder(picture)))
 
-    python jepa.py                                    # shapes, 3 minutes on a laptop
-    python jepa.py --no-ema --no-stop-grad            # see it collapse
-    python jepa.py --no-ema --sigreg 0.05             # the newer cure, without a slow average
-    python jepa.py --masking multiblock               # the paper's four blocks; also block, raster
-    python vit.py --init out/jepa/checkpoint.pt       # fine-tune the target encoder with labels
+    python jepa.py                                    # shapes, 3 minutes on two CPU cores
+    python jepa.py --no-ema --no-stop-grad --out out/collapsed    # see it collapse
+    python jepa.py --no-ema --sigreg 0.05 --out out/sigreg        # the newer cure, no slow average
+    python jepa.py --masking multiblock --out out/multiblock      # the paper's; also block, raster
+    python vit.py --init out/jepa/checkpoint.pt --out out/tuned   # fine-tune the target encoder
 
-Default run: a linear probe on the patch mean reaches 0.668, on the last four blocks 0.752 (the same
+Default run: a linear probe on the patch mean reaches 0.668, on the last four layers 0.752 (the same
 network untrained 0.302; raw pixels 0.322), kNN 0.499, in 2 min 11 s in all, on two bfloat16 CPU
 cores, seed 0.
 
@@ -42,7 +42,7 @@ from torch import nn
 import data
 from common import Block, LayerNorm, PatchEmbed, autocast, patchify, sincos_2d, unpatchify
 
-SIZES = {  # L, H and g are the paper's; a predictor has the heads of its encoder
+SIZES = {  # B, L, H and g are the paper's; a predictor has the heads of its encoder
     "tiny": dict(patch_size=4, dim=128, depth=4, heads=4, predictor_dim=64, predictor_depth=2,
                  masking="random"),
     "T": dict(patch_size=4, dim=192, depth=12, heads=3, predictor_dim=384, predictor_depth=6),
@@ -81,7 +81,7 @@ class Encoder(nn.Module):
 
 
 class Predictor(nn.Module):
-    """z (B, n, D) at context_idx (B, n) -> representations at target_idx (B, K): (B, K, D)."""
+    """z (B, n, D) at context_idx (B, n) -> what is at target_idx (B, K), K patches: (B, K, D)."""
 
     def __init__(self, grid=8, dim=128, predictor_dim=64, predictor_depth=2, predictor_heads=4,
                  mlp_ratio=4.0, out_dim=None):
@@ -98,7 +98,7 @@ class Predictor(nn.Module):
     def forward(self, z, context_idx, target_idx):
         context = self.predictor_embed(z) + self.predictor_pos_embed[0][context_idx]
         queries = self.mask_token + self.predictor_pos_embed[0][target_idx]  # "what is there?"
-        x = torch.cat([context, queries], dim=1)  # (B, n + K, d)
+        x = torch.cat([context, queries], dim=1)  # (B, n + K, predictor_dim)
         for block in self.predictor_blocks:
             x = block(x)
         return self.predictor_proj(self.predictor_norm(x[:, -target_idx.shape[1]:]))
@@ -176,7 +176,7 @@ class IJEPA(nn.Module):
 
     def features(self, images, last=1):
         """(B, 3, H, H) -> (B, D), mean of the target encoder's patches; last=4: of its last four
-        blocks side by side, (B, 4 D)."""
+        layers side by side, (B, 4 D)."""
         layers = self.target_encoder.layers(images)
         layers = layers[-1:] if last == 1 else layers[-last - 1:-1]
         return torch.cat([x.mean(1) for x in layers], dim=1)
@@ -194,7 +194,7 @@ class IJEPA(nn.Module):
                 f"{part}.{k}": v for part in parts for k, v in in_our_names(parts[part]).items()}
             dim, _, _, patch_size = state["encoder.patch_embed.proj.weight"].shape
             count = lambda name: sum(k.startswith(name) and k.endswith("norm1.bias") for k in state)
-            released = 16 if dim in (1024, 1280, 1408) else dim // 64
+            released = 16 if dim in (1280, 1408) else dim // 64
             model = cls(math.isqrt(state["encoder.pos_embed"].shape[1]) * patch_size, patch_size,
                         dim, count("encoder."), args.get("heads", released),
                         len(state["encoder.blocks.0.mlp.fc1.bias"]) / dim,
@@ -377,8 +377,8 @@ def parse_args(argv=None):
                choices=["multiblock", "block", "random", "raster"])
     parser.add("--sampler", "corrected", "of multiblock; official: as released, with its biases",
                choices=["corrected", "official"])
-    parser.add("--targets", 4, "number of target blocks", type=number(int, 1, 16))
-    parser.add("--target-scale", 0.15, "a block's share of the picture, or up to 0.05 more",
+    parser.add("--targets", 4, "of multiblock: number of targets", type=number(int, 1, 16))
+    parser.add("--target-scale", 0.15, "of multiblock: a block's share, or up to 0.05 more",
                type=number(float, 0.01, 0.9))
     parser.add("--min-keep", 4, "least number of context patches", type=number(int, 1, 10000))
     parser.add("--target", "output", "what to predict: the target encoder's output on the whole "
@@ -387,12 +387,12 @@ def parse_args(argv=None):
                action=argparse.BooleanOptionalAction)
     parser.add("--ema", 0.99, "momentum of the average, at first", type=number(float, 0, 1))
     parser.add("--last-ema", 0.999, "and at the end", type=number(float, 0, 1))
-    parser.add("--no-ema", False, "targets from the encoder itself", action="store_true")
-    parser.add("--no-stop-grad", False, "the encoder is its own target", action="store_true")
+    parser.add("--no-ema", False, "target encoder: the encoder as it is", action="store_true")
+    parser.add("--no-stop-grad", False, "gradients through the targets, too", action="store_true")
     parser.add("--sigreg", 0.0, "weight of SIGReg", type=number(float, 0, 100))
     parser.add("--compare", [], "folders of other runs, for collapse.svg", nargs="+")
     for name, what in (("dim", "width"), ("depth", "layers")):
-        parser.add(f"--predictor-{name}", None, f"{what} of the predictor, not the size's own",
+        parser.add(f"--predictor-{name}", None, f"{what} of the predictor, else the size's",
                    type=number(int, 1, 65536))
     args = data.parse(parser, "jepa", SIZES, argv)
     args.masking = args.masking or "multiblock"

@@ -15,7 +15,7 @@ where the tokens of a frozen teacher point, which sees the clean picture:
 
     loss = mean (v(x_t, t, class) - (noise - picture))^2 - 0.5 mean cos(projector(h), teacher)
 
-    python repa.py                                     # shapes at 16 x 16, 3 minutes on a laptop
+    python repa.py                                     # shapes at 16 x 16, 3 minutes, two CPU cores
     python repa.py --align 0 --out out/plain           # plain SiT; then --compare its checkpoint
     python repa.py --teacher out/jepa/checkpoint.pt    # or vit, mae, DINOv2
 
@@ -270,7 +270,7 @@ class Teacher(nn.Module):
                  class_token=False, act=F.gelu):
         super().__init__()
         self.patch_size, self.dim, grid = patch_size, dim, image_size // patch_size
-        self.imagenet = False  # whose mean and deviation its pictures have; else the data set's
+        self.imagenet = False  # ImageNet's mean and deviation (timm's own: 0.5), or the data set's
         self.patch_embed = PatchEmbed(dim, patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
         self.pos_embed = nn.Parameter(torch.zeros(1, class_token + grid**2, dim))
@@ -449,8 +449,8 @@ def parse_args(argv=None):
     parser.add("--warmup", 100, "steps of linear warm-up", type=number(int, 0))
     parser.add("--align", 0.5, "weight of the alignment; 0: plain SiT", type=number(float, 0, 100))
     parser.add("--align-until", None, "step at which alignment ends", type=number(int, 1))
-    parser.add("--align-depth", None, "the aligned block, not the size's own", type=number(int, 1))
-    parser.add("--projector-dim", None, "its width, not the size's own", type=number(int, 1, 65536))
+    parser.add("--align-depth", None, "the aligned block, else the size's", type=number(int, 1))
+    parser.add("--projector-dim", None, "its width, else the size's", type=number(int, 1, 65536))
     parser.add("--teacher", None, "a vit, mae, jepa, DINOv2, timm file, or random")
     parser.add("--teacher-steps", 300, "if it has to be trained first", type=number(int, 1))
     parser.add("--path", "linear", "from picture to noise", choices=["linear", "cosine"])

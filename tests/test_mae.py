@@ -244,7 +244,7 @@ def test_killed_and_resumed_is_the_same_run(same_run, pictures):
 
 @pytest.mark.parametrize("words, message", [
     (["--patch-size", 5], "--patch-size 5 does not divide the pictures' side 16"),
-    (["--decoder-heads", 3], "divisible by --decoder-heads 3"),
+    (["--decoder-heads", 3], "a multiple of 4 and of --decoder-heads 3"),
     (["--mask-ratio", 1], "argument --mask-ratio: '1' is not a number from 0.01 to 0.99"),
     (["--mask-ratio", 0.99], "--mask-ratio 0.99 shows 0 of 16 patches"),
     (["--mask-ratio", 0.01, "--patch-size", 16], "--mask-ratio 0.01 shows 0 of 1 patches"),
