@@ -14,12 +14,12 @@ steps hold beyond what was held before them.
 """
 
 import argparse
+import concurrent.futures
 import functools
 import importlib.util
 import json
 import multiprocessing
 import pathlib
-import queue
 import statistics
 import sys
 import time
@@ -122,13 +122,19 @@ def hf_clip(o, attention):
     return model, lambda x: model(input_ids=ids(x, 14), pixel_values=x, return_loss=True).loss
 
 
+def masks(x, o):
+    """-> which patches are shown and which hidden: 40 % and 60 %."""
+    n = (o.image_size // o.patch_size) ** 2
+    order = torch.rand(len(x), n, device=x.device).argsort(1)
+    return order[:, :int(0.4 * n)], order[:, int(0.4 * n):]
+
+
 def ours_jepa(o):
     model = jepa.IJEPA(o.image_size, o.patch_size, o.dim, o.depth, o.heads, centre=True)
-    n = (o.image_size // o.patch_size) ** 2
 
     def loss(x):
-        order = torch.rand(len(x), n, device=x.device).argsort(1)
-        return model.loss(x, order[:, :int(0.4 * n)], order[None, :, int(0.4 * n):])[0]
+        shown, hidden = masks(x, o)
+        return model.loss(x, shown, hidden[None])[0]
 
     return model, loss
 
@@ -145,13 +151,11 @@ def official_jepa(o):
     from src.models.vision_transformer import VisionTransformer, VisionTransformerPredictor
     more = dict(mlp_ratio=4, norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6))
     make = lambda: VisionTransformer([o.image_size], o.patch_size, embed_dim=o.dim, depth=o.depth, num_heads=o.heads, **more)
-    n = (o.image_size // o.patch_size) ** 2
-    predictor = VisionTransformerPredictor(n, o.dim, 64, 2, o.heads, **more)
+    predictor = VisionTransformerPredictor((o.image_size // o.patch_size) ** 2, o.dim, 64, 2, o.heads, **more)
     model = torch.nn.ModuleList([make(), predictor, make().requires_grad_(False)])
 
     def loss(x):
-        order = torch.rand(len(x), n, device=x.device).argsort(1)
-        shown, hidden = [order[:, :int(0.4 * n)]], [order[:, int(0.4 * n):]]
+        shown, hidden = ([index] for index in masks(x, o))
         with torch.no_grad():
             target = apply_masks(F.layer_norm(model[2](x), (o.dim,)), hidden)
         return F.smooth_l1_loss(predictor(model[0](x, shown), shown, hidden).float(), target.float())
@@ -175,39 +179,54 @@ def official_repa(o):
 
 
 OURS = {"vit": ours_vit, "mae": ours_mae, "igpt": ours_igpt, "clip": ours_clip, "jepa": ours_jepa, "repa": ours_repa}
-PEERS = {"vit": hf_vit, "mae": hf_mae, "igpt": hf_igpt, "clip": hf_clip}
-OFFICIAL = {"jepa": ("src", official_jepa), "repa": ("loss", official_repa)}
+
+
+def hugging_face(make, *attentions):
+    return [("transformers", f"transformers {name}", functools.partial(make, attention=name)) for name in attentions]
+
+
+PEERS = {  # of each script: (the package that has to be importable, label, maker)
+    "vit": [*hugging_face(hf_vit, "eager", "sdpa"), ("timm", "timm", timm_vit)],
+    "mae": hugging_face(hf_mae, "eager", "sdpa"),
+    "igpt": hugging_face(hf_igpt, "eager"),  # it refuses sdpa
+    "clip": hugging_face(hf_clip, "eager", "sdpa"),
+    "jepa": [("src", "the authors'", official_jepa)],
+    "repa": [("loss", "the authors'", official_repa)],
+}
 
 
 @functools.cache
 def installed(package):
     found = importlib.util.find_spec(package) is not None
-    print("" if found else f"no package {package}: not compared with\n", end="")
+    if not found:
+        print(f"no package {package}: not compared with", file=sys.stderr)
     return found
 
 
 def makers(name, o):
-    """{label: a function without arguments -> (model, loss of images)}, of peers those that are importable."""
-    found = {"ours": lambda: OURS[name](o)}
+    """{label: a maker of (model, loss of images), given o}, of peers those that are importable."""
+    found = {"ours": OURS[name]}
     if o.compile:
-        found["ours compiled"] = lambda: compiled(*OURS[name](o))
+        found["ours compiled"] = lambda o: compiled(*OURS[name](o))
     if name == "mae":
-        found["ours, all tokens in the encoder"] = lambda: ours_mae(o, masks=True)
-    for package, label, make in (("transformers", "transformers eager", lambda: PEERS[name](o, "eager")),
-                                 ("transformers", "transformers sdpa", lambda: PEERS[name](o, "sdpa")),
-                                 ("timm", "timm", lambda: timm_vit(o))):
-        if name not in PEERS or (package == "timm" and name != "vit") or (name, label) == ("igpt", "transformers sdpa"):
-            continue  # Hugging Face's iGPT refuses sdpa
-        if installed(package):
-            found[label] = make
-    if name in OFFICIAL and installed(OFFICIAL[name][0]):
-        found["the authors'"] = lambda: OFFICIAL[name][1](o)
-    return found
+        found["ours, all tokens in the encoder"] = functools.partial(ours_mae, masks=True)
+    return found | {label: make for package, label, make in PEERS[name] if installed(package)}
 
 
 def compiled(model, loss):
-    model.loss = torch.compile(getattr(model, "loss", model.forward))  # what the scripts compile
-    return model, loss if "loss" in dir(type(model)) else lambda x: model.loss(x)[0]
+    name = "loss" if hasattr(model, "loss") else "forward"  # what the scripts compile
+    setattr(model, name, torch.compile(getattr(model, name)))
+    return model, loss
+
+
+def seconds(f, device):
+    """How long f() takes, a GPU's work included."""
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    f()
+    wait()
+    return time.perf_counter() - start
 
 
 class Trainer:
@@ -220,33 +239,22 @@ class Trainer:
         self.times = []
 
     def step(self):
-        wait(self.images.device)
-        start = time.perf_counter()
+        self.times.append(seconds(self.train, self.images.device))
+
+    def train(self):
         with self.amp:
             loss = self.loss(self.images)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        wait(self.images.device)
-        self.times.append(time.perf_counter() - start)
-
-
-def wait(device):
-    torch.cuda.synchronize() if torch.device(device).type == "cuda" else None
 
 
 def matrix_rate(device, precision):
     """The machine's own multiply-adds per second, in 10^9, on one large matrix product."""
-    n, times = 2048 if torch.device(device).type == "cpu" else 8192, []
+    n = 2048 if torch.device(device).type == "cpu" else 8192
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    for _ in range(8):
-        wait(device)
-        start = time.perf_counter()
-        a @ a
-        wait(device)
-        times.append(time.perf_counter() - start)
-    return n**3 / min(times) / 1e9
+    return n**3 / min(seconds(lambda: a @ a, device) for _ in range(8)) / 1e9
 
 
 def multiply_adds(trainer):
@@ -256,34 +264,28 @@ def multiply_adds(trainer):
     return counter.get_total_flops() / 2
 
 
-def held(name, label, precision, o, answer):
-    """Sends the peak memory of three steps, in MiB, beyond what there was before; on a CPU (Linux), weights do not count."""
+def held(name, label, precision, o):
+    """The peak memory of three steps, in MiB, beyond what there was before; on a CPU (Linux), weights do not count."""
     images = torch.randn(o.batch_size, 3, o.image_size, o.image_size, device=o.device)
     if images.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         peak, before = lambda: torch.cuda.max_memory_allocated() / 2**20, torch.cuda.memory_allocated() / 2**20
-    trainer = Trainer(*makers(name, o)[label](), images, precision)
+    trainer = Trainer(*makers(name, o)[label](o), images, precision)
     if not images.is_cuda:
         status = lambda key: int(pathlib.Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0])
         pathlib.Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far, that of the imports
         peak, before = lambda: status("VmHWM") / 1024, status("VmRSS") / 1024
     for _ in range(3):
         trainer.step()
-    answer.put(peak() - before)
+    return peak() - before
 
 
 def memory(name, label, precision, o):
     """On a CPU in a process of its own, as a process does not give back what it has once held."""
     if torch.device(o.device).type != "cpu":
-        held(name, label, precision, o, answer := queue.Queue())
-        return answer.get()
-    context = multiprocessing.get_context("spawn")
-    answer = context.Queue()
-    process = context.Process(target=held, args=(name, label, precision, o, answer))
-    process.start()
-    found = answer.get()
-    process.join()
-    return found
+        return held(name, label, precision, o)
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(held, name, label, precision, o).result()
 
 
 def measure(name, o):
@@ -292,7 +294,7 @@ def measure(name, o):
     images = torch.randn(o.batch_size, 3, o.image_size, o.image_size, device=o.device)
     rows = []
     for precision in o.precision:
-        trainers = {label: Trainer(*make(), images, precision) for label, make in makers(name, o).items()}
+        trainers = {label: Trainer(*make(o), images, precision) for label, make in makers(name, o).items()}
         work = multiply_adds(trainers["ours"])
         for i in range(o.warmup + o.rounds):
             for trainer in trainers.values():
@@ -325,17 +327,10 @@ def sampling(o):
         theirs = official_repa(o)[0].to(o.device).eval()
         ways["repa"]["the authors'"] = lambda: euler_sampler(theirs, noise, labels(noise, o), 15)
     for name, draw in ways.items():
-        times = {label: [] for label in draw}
-        for _ in range(5):
-            for label, f in draw.items():
-                wait(o.device)
-                start_time = time.perf_counter()
-                f()
-                wait(o.device)
-                times[label].append(time.perf_counter() - start_time)
+        rounds = [{label: seconds(f, o.device) for label, f in draw.items()} for _ in range(5)]
         count = len(tokens) if name == "igpt" else len(noise)
         print(f"{name} sampling: pictures/s " + ", ".join(
-            f"{label} {count / statistics.median(t[1:]):.2f}" for label, t in times.items()))
+            f"{label} {count / statistics.median(times[label] for times in rounds[1:]):.2f}" for label in draw))
 
 
 def grow(name, o):

@@ -13,6 +13,7 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import importlib
 import os
 import pathlib
 import statistics
@@ -26,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import vit  # noqa: E402
 
-BATCH = {"vit": 64, "clip": 64, "jepa": 64, "mae": 64, "igpt": 8}  # the scripts' own
+SCRIPTS = ["vit", "clip", "jepa", "mae", "igpt"]
 NAMES = {"vit": "ViT: labels", "clip": "CLIP: captions", "jepa": "I-JEPA: representations", "mae": "MAE: pixels",
          "igpt": "iGPT: the next pixel", "random": "untrained ViT", "pixels": "raw pixels"}
 COLUMNS = {"probe": "linear", "knn": "kNN", "probe_1_percent": "1 % of labels", "accuracy": "fine-tuned",
@@ -73,12 +74,13 @@ def main():
     parser.add_argument("--pictures", type=int, nargs="+", default=[76800, 19200], help="seen in training")
     parser.add_argument("--batch-size", type=int, help="default: the scripts' own")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--scripts", nargs="+", default=["vit", "clip", "jepa", "mae"], choices=list(BATCH))
+    parser.add_argument("--scripts", nargs="+", default=SCRIPTS[:-1], choices=SCRIPTS)
     parser.add_argument("--finetune-steps", type=int, default=400, help="0: no fine-tuning")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, each on a share of the cores")
     o = parser.parse_args()
     batch = ["--batch-size", str(o.batch_size)] if o.batch_size else []
-    steps = lambda script, n: ["--steps", str(n // (o.batch_size or BATCH[script])), *batch]
+    size = lambda script: o.batch_size or importlib.import_module(script).parse_args([]).batch_size  # its own
+    steps = lambda script, n: ["--steps", str(n // size(script)), *batch]
     found = collections.defaultdict(list)  # (script, pictures) -> the scores of each seed
     found["random", 0], found["pixels", 0] = ([{} for _ in o.seeds] for _ in range(2))
     with concurrent.futures.ThreadPoolExecutor(o.jobs) as pool:
