@@ -1,36 +1,31 @@
-"""Representation alignment (REPA): "Training Diffusion Transformers Is Easier Than You Think",
-Yu et al. 2024, arXiv 2410.06940; its diffusion Transformer is SiT, Ma et al. 2024, 2401.08740.
+"""Representation alignment (REPA): "... Easier Than You Think", Yu et al. 2024, arXiv 2410.06940.
 
-Diffusion in short, as the lecture covers it later. Mix a picture with noise, more and more:
+Diffusion in short: x_t = (1 - t) image + t noise goes from the image (t = 0) to noise (t = 1) with
+the velocity noise - image. A network v (here SiT, Ma et al. 2024, arXiv 2401.08740) learns to guess
+the velocity from x_t, t and the class. Then it leads fresh noise back to a new image, in steps.
 
-    path      x_t = (1 - t) picture + t noise     from t = 0, the picture, to t = 1, noise alone
-    velocity  d x_t / d t = noise - picture       the way x_t goes when t grows
-    sampler   take fresh noise at t = 1, go back along the velocity, arrive at a new picture
+To guess well, v must find out what x_t shows. REPA helps: a projector maps the tokens h after an
+early block, which saw x_t, and they must point as those of a frozen teacher, which saw the image.
 
-On the way back nobody knows the picture: a network v guesses noise - picture from x_t, t and the
-class. To guess well it must know what x_t shows, and such features are slow to learn. REPA takes
-them from a model that has them; the slide: "training representation to reconstruct representation
-of existing model". The tokens h of an early block, which sees the noisy x_t, are trained to point
-where the tokens of a frozen teacher point, which sees the clean picture:
+    loss = mean (v(x_t, t, class) - (noise - image))^2 - 0.5 mean cos(projector(h), teacher(image))
 
-    loss = mean (v(x_t, t, class) - (noise - picture))^2 - 0.5 mean cos(projector(h), teacher)
+    python repa.py                                    # data set "shapes" at 16 x 16, 3 minutes
+    python repa.py --align 0 --out out/plain          # plain SiT; its checkpoint is for --compare
+    python repa.py --teacher out/jepa/checkpoint.pt   # or a vit, mae or DINOv2 file
 
-    python repa.py                                     # shapes at 16 x 16, 3 minutes, two CPU cores
-    python repa.py --align 0 --out out/plain           # plain SiT; then --compare its checkpoint
-    python repa.py --teacher out/jepa/checkpoint.pt    # or vit, mae, DINOv2
-
-Default run: Frechet distance 9.3 (Gaussian pixels 315.5, training pictures 0.4); probe 0.407
-(untrained 0.120, raw pixels 0.329); 2 min 42 s on two bfloat16 CPU cores, seed 0.
+Default run: Frechet distance 9.3 (Gaussian pixels 315.5, training images 0.4), accuracy of a linear
+probe 0.407 (untrained 0.120, raw pixels 0.329); 2 min 42 s on two bfloat16 CPU cores, seed 0.
 
 Differences from the paper:
-1. Pixels of 16 x 16, not the latents of a VAE; the projector is 2 D wide, not 2048.
-2. The default teacher is a small ViT trained on the labels for seconds, not DINOv2.
-3. Time and class start larger than N(0, .02), else in minutes the blocks hardly hear of them.
-4. Rate 8e-3 with warm-up and decay, not 1e-4; EMA 0.995, not 0.9999; `--times lognormal`.
+1. Pixels of 16 x 16, not the latents of a VAE, and a projector 256 wide, not 2048: to be quick.
+2. The default teacher is a small ViT trained on the labels for seconds: DINOv2 is a download.
+3. Lognormal times, and larger initial weights for time and class, since the run is short.
+4. Peak learning rate 8e-3 with warm-up and decay, not 1e-4; EMA at most 0.995, not 0.9999; Heun's
+   method with 15 steps, not the SDE with 250: all since the run is short.
 """
 
-import argparse
 import copy
+import functools
 import math
 import pathlib
 import time
@@ -41,29 +36,10 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from common import (MLP, Attention, Block, LayerNorm, PatchEmbed, autocast, gelu_tanh, patchify,
-                    resize_table, sincos_2d, unpatchify)
+from common import MLP, Attention, Block, LayerNorm, PatchEmbed
+from common import gelu_tanh, patchify, sincos_2d, unpatchify
 
-SIZES = {  # S to XL are the paper's
-    "tiny": dict(image_size=16, patch_size=2, dim=128, depth=4, heads=4, align_depth=2,
-                 projector_dim=256),
-    "S": dict(patch_size=2, dim=384, depth=12, heads=6, align_depth=4, projector_dim=2048),
-    "B": dict(patch_size=2, dim=768, depth=12, heads=12, align_depth=4, projector_dim=2048),
-    "L": dict(patch_size=2, dim=1024, depth=24, heads=16, align_depth=8, projector_dim=2048),
-    "XL": dict(patch_size=2, dim=1152, depth=28, heads=16, align_depth=8, projector_dim=2048),
-}
-IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])  # mean, deviation
-# LayerNorm without gamma and beta: adaLN computes these from time and class
-norm = lambda dim: nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-
-
-def mix(t, path="linear"):
-    """The path x_t = a picture + s noise, from picture (t = 0) to noise (t = 1) -> a, s and their
-    derivatives by t, so that velocity = a' picture + s' noise."""
-    if path == "linear":
-        return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
-    angle, rate = t * (math.pi / 2), math.pi / 2
-    return angle.cos(), angle.sin(), -rate * angle.sin(), rate * angle.cos()
+# --------------------------------------------------------------------------------------- the model
 
 
 class TimeEmbed(nn.Module):
@@ -71,398 +47,558 @@ class TimeEmbed(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.mlp = nn.Sequential(
+            nn.Linear(256, dim),
+            nn.SiLU(),
+            nn.Linear(dim, dim))
 
     def forward(self, t):
         k = torch.arange(128, dtype=t.dtype, device=t.device)
-        angle = t[:, None] * torch.exp(-math.log(10000) / 128 * k)  # (B, 128)
+        frequency = torch.exp(-math.log(10000) / 128 * k)  # 10000^(-k / 128): (128,)
+        angle = t[:, None] * frequency  # (B, 128)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
 
 
 class SiTBlock(nn.Module):
-    """A pre-norm layer, x (B, N, D), steered by c (B, D): adaLN-Zero. Shift and scale stand for
-    LayerNorm's beta and gamma; the gates start at zero, so each block starts as the identity."""
+    """A pre-norm Transformer layer, x (B, N, D), that time and class c (B, D) steer: adaLN-Zero.
+
+    c decides shift and scale, in the place of LayerNorm's beta and gamma, and gates. The gates
+    start at zero: at first, each block hands on its input unchanged.
+    Copy with: Attention, MLP, gelu_tanh.
+    """
 
     def __init__(self, dim, heads, mlp_ratio=4.0):
         super().__init__()
-        self.norm1, self.attn = norm(dim), Attention(dim, heads)
-        self.norm2, self.mlp = norm(dim), MLP(dim, int(dim * mlp_ratio), act=gelu_tanh)
+        # elementwise_affine=False: without gamma and beta, which adaLN computes from c.
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.mlp = MLP(dim, int(dim * mlp_ratio), act=gelu_tanh)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x, c):
-        shift1, scale1, gate1, shift2, scale2, gate2 = (
-            self.adaLN_modulation(c)[:, None].chunk(6, dim=-1))  # each (B, 1, D)
+        c = self.adaLN_modulation(c)[:, None]  # (B, 1, 6 D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = c.chunk(6, dim=-1)  # each (B, 1, D)
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
 class FinalLayer(nn.Module):
-    """Tokens (B, N, D) -> the velocity of each patch (B, N, P*P*C)."""
+    """Tokens x (B, N, D), c (B, D) -> the velocity of each patch, (B, N, P*P*C)."""
 
     def __init__(self, dim, out):
         super().__init__()
-        self.norm_final, self.linear = norm(dim), nn.Linear(dim, out)
+        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)  # as in SiTBlock
+        self.linear = nn.Linear(dim, out)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
+        c = self.adaLN_modulation(c)[:, None]  # (B, 1, 2 D)
+        shift, scale = c.chunk(2, dim=-1)  # each (B, 1, D)
         return self.linear(self.norm_final(x) * (1 + scale) + shift)
 
 
 class SiT(nn.Module):
     """x_t (B, C, H, H), t (B,) in 0..1, classes y (B,) -> velocity (B, C, H, H); t = 1 is noise.
 
-    `teacher_dim`: width of the tokens to align with; 0: no projector, plain SiT.
-    `sit_time`: the weights learned SiT's time, in which t = 0 is noise."""
+    align_depth: which block is aligned, from 1. teacher_dim: the width Z of the teacher's tokens;
+    0: plain SiT. sit_time: True for released SiT weights, whose time runs from noise to image.
+    Copy with: TimeEmbed, SiTBlock, FinalLayer, draw_times, Attention, MLP, gelu_tanh, PatchEmbed,
+    patchify, unpatchify, sincos_2d.
+    """
 
     def __init__(self, image_size=16, patch_size=2, dim=128, depth=4, heads=4, mlp_ratio=4.0,
                  num_classes=10, channels=3, align_depth=2, teacher_dim=128, projector_dim=256,
-                 path="linear", sit_time=False):
+                 sit_time=False):
         super().__init__()
-        self.patch_size, self.grid, self.channels = patch_size, image_size // patch_size, channels
-        self.align_depth, self.path, self.sit_time = align_depth, path, sit_time
-        self.null = num_classes
+        self.patch_size = patch_size
+        self.grid = image_size // patch_size
+        self.channels = channels
+        self.align_depth = align_depth
+        self.sit_time = sit_time
+        self.null = num_classes  # one more class, "any image"
+        N = self.grid**2
+
         self.x_embedder = PatchEmbed(dim, patch_size, channels)
         self.t_embedder = TimeEmbed(dim)
-        table = nn.Embedding(num_classes + 1, dim)  # the last row: the null class, "any picture"
-        self.y_embedder = nn.ModuleDict({"embedding_table": table})
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2, dim), requires_grad=False)
+        self.class_embed = nn.Embedding(num_classes + 1, dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, N, dim), requires_grad=False)  # fixed
         self.blocks = nn.ModuleList(SiTBlock(dim, heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(dim, patch_size**2 * channels)
-        self.projectors = nn.ModuleList(nn.Sequential(  # a list: the authors allow many teachers
-            nn.Linear(dim, projector_dim), nn.SiLU(), nn.Linear(projector_dim, projector_dim),
-            nn.SiLU(), nn.Linear(projector_dim, teacher_dim)) for _ in range(teacher_dim > 0))
         self.init_weights()
+        self.projector = None
+        if teacher_dim > 0:  # made last, so that all other weights start as those of plain SiT
+            self.projector = nn.Sequential(
+                nn.Linear(dim, projector_dim),
+                nn.SiLU(),
+                nn.Linear(projector_dim, projector_dim),
+                nn.SiLU(),
+                nn.Linear(projector_dim, teacher_dim))
+            for linear in self.projector[::2]:
+                nn.init.xavier_uniform_(linear.weight)
+                nn.init.zeros_(linear.bias)
 
     @torch.no_grad()
     def init_weights(self):
-        """The authors': xavier, zero biases; zero gates and output: the first velocity is 0. But
-        time and class start larger: N(0, .02) there, in the table and in the maps of t."""
-        nn.init.normal_(self.y_embedder["embedding_table"].weight, std=0.5)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a view: it is filled
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for module in self.modules():  # the projectors last: nothing else depends on them
+        """The authors': Xavier for every matrix, zero biases, N(0, 0.02) for time and class. Gates
+        and output start at zero, and so does the first velocity."""
+        for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight), nn.init.zeros_(module.bias)
-        for module in [m.adaLN_modulation[1] for m in (*self.blocks, self.final_layer)]:
-            nn.init.zeros_(module.weight)
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as one matrix (D, P*P*C)
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        nn.init.normal_(self.class_embed.weight, std=0.02)
+        for layer in [*self.blocks, self.final_layer]:
+            nn.init.zeros_(layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
         self.pos_embed[0] = sincos_2d(self.pos_embed.shape[2], self.grid)
+        self.start_larger()  # without this line, all weights start as the authors' do
 
-    def layers(self, x, t, y, stop=None):
-        """-> what each block hands on, depth times (B, N, D), and the velocity; the blocks after
-        number `stop` are left out, and then so is the velocity."""
-        t = 1 - t if self.sit_time else t
-        c = self.t_embedder(t) + self.y_embedder["embedding_table"](y)  # (B, D)
-        x, out = self.x_embedder(patchify(x, self.patch_size)) + self.pos_embed, []  # (B, N, D)
-        for block in self.blocks[:stop]:
-            out.append(x := block(x, c))
-        if stop:
-            return out, None
-        v = unpatchify(self.final_layer(x, c), self.patch_size)
-        return out, -v if self.sit_time else v
+    def start_larger(self):
+        """Difference 3: the blocks read time and class through matrices that start at zero. With
+        inputs as small as N(0, 0.02) these hardly grow in minutes: time and class start larger."""
+        nn.init.xavier_uniform_(self.t_embedder.mlp[0].weight)
+        nn.init.xavier_uniform_(self.t_embedder.mlp[2].weight)
+        nn.init.normal_(self.class_embed.weight, std=0.5)
 
-    def forward(self, x, t, y):
-        return self.layers(x, t, y)[1]
+    def embed(self, x, t, y):
+        """-> the tokens (B, N, D) of x_t, and c (B, D), which tells the blocks time and class."""
+        side = self.grid * self.patch_size
+        if x.shape[2:] != (side, side):
+            raise ValueError(f"images of {tuple(x.shape[2:])}, but the position table of this "
+                             f"model is for {side} x {side} pixels")
+        x = self.x_embedder(patchify(x, self.patch_size))
+        x = x + self.pos_embed
+        c = self.t_embedder(t) + self.class_embed(y)
+        return x, c
+
+    def forward(self, x, t, y, return_tokens=False):
+        """return_tokens: returns (velocity, tokens of the aligned block (B, N, D))."""
+        sign = 1
+        if self.sit_time:  # released SiT files: time runs the other way, so the velocity does, too
+            t = 1 - t
+            sign = -1
+        x, c = self.embed(x, t, y)
+        for number, block in enumerate(self.blocks, start=1):
+            x = block(x, c)
+            if number == self.align_depth:
+                tokens = x  # h, what the loss aligns
+        x = self.final_layer(x, c)  # (B, N, P*P*C)
+        velocity = sign * unpatchify(x, self.patch_size)
+        if return_tokens:
+            return velocity, tokens
+        return velocity
 
     def loss(self, images, y, z=None, align=0.5, label_dropout=0.1, times="uniform"):
-        """images (B, C, H, H), classes y (B,), the teacher's tokens z (B, N, Z) or None
-        -> (velocity loss - align * alignment, dict(velocity=, alignment=))."""
-        y = torch.where(torch.rand(y.shape, device=y.device) < label_dropout, self.null, y)
+        """images (B, C, H, H), classes y (B,), the teacher's tokens z (B, N, Z); z=None: plain SiT.
+        Returns (loss, dict(velocity=, alignment=)): the velocity's error, and the mean cosine."""
+        # Some labels become the null class: guidance needs the velocity of "any image", too.
+        is_dropped = torch.rand(y.shape, device=y.device) < label_dropout
+        y = torch.where(is_dropped, self.null, y)
+
+        # Diffusion: go to a point between image and noise, and guess the velocity there.
         noise = torch.randn_like(images)
         if times == "uniform":
-            t = torch.rand_like(images[:, 0, 0, 0])  # (B,)
-        else:  # more often in the middle: noise to picture as exp(N(0, 1))
-            odds = torch.randn_like(images[:, 0, 0, 0]).exp()
-            t = odds / (1 + odds) if self.path == "linear" else 2 / math.pi * odds.atan()
-        a, s, da, ds = mix(t[:, None, None, None], self.path)
-        layers, v = self.layers(a * images + s * noise, t, y)
-        loss = (v.to(images.dtype) - (da * images + ds * noise)).square().mean()
+            t = torch.rand_like(images[:, :1, :1, :1])  # (B, 1, 1, 1), from 0 to 1
+        else:
+            t = draw_times(images, times)
+        x_t = (1 - t) * images + t * noise
+        velocity = noise - images  # the derivative of x_t by t
+        pred, h = self(x_t, t.flatten(), y, return_tokens=True)  # (B, C, H, H), (B, N, D)
+        loss = (pred.to(images.dtype) - velocity).square().mean()
         out = dict(velocity=loss.detach())
+
+        # Alignment: h, which saw x_t, must point as the teacher's tokens, which saw the image.
         if z is not None:
-            h = self.projectors[0](layers[self.align_depth - 1]).to(images.dtype)  # (B, N, Z)
-            h, z = (F.normalize(tokens, dim=-1) for tokens in (h, z.to(images.dtype)))
-            cosine = (h * z).sum(-1).mean()  # over pictures and patches
-            loss, out["alignment"] = loss - align * cosine, cosine.detach()
+            h = self.projector(h).to(images.dtype)  # (B, N, Z)
+            h = F.normalize(h, dim=-1)
+            z = z.to(images.dtype)
+            z = F.normalize(z, dim=-1)
+            cosine = (h * z).sum(dim=-1)  # (B, N), of each patch with the same patch
+            loss = loss - align * cosine.mean()
+            out["alignment"] = cosine.mean().detach()
         return loss, out
 
     def features(self, images, layer=None):
-        """(B, C, H, H) -> (B, D): mean of the aligned (or another) block's tokens at t = 0.5,
-        half picture and half noise, for the null class: labels don't leak into the probe."""
-        t = torch.full((len(images),), 0.5, device=images.device, dtype=images.dtype)
-        a, s, _, _ = mix(t[0], self.path)
-        layers, _ = self.layers(a * images + s * torch.randn_like(images), t,
-                                torch.full_like(t, self.null, dtype=torch.long),
-                                layer or self.align_depth)
-        return layers[-1].mean(1)
+        """(B, C, H, H) -> (B, D): mean of the tokens after the aligned block, or block `layer`, at
+        t = 0.5 and with the null class: a label must not help the probe."""
+        B = len(images)
+        t = torch.full((B,), 0.5, dtype=images.dtype, device=images.device)
+        y = torch.full((B,), self.null, device=images.device)
+        noise = torch.randn_like(images)
+        x_t = 0.5 * images + 0.5 * noise
+        x, c = self.embed(x_t, t, y)
+        for block in self.blocks[:layer or self.align_depth]:
+            x = block(x, c)
+        return x.mean(dim=1)
 
     @classmethod
-    def from_pretrained(cls, path, sit_time=None):
-        """From this script's file, REPA's last.pt or training file, or SiT-XL-2-256.pt; EMA weights
-        if there are any. sit_time=None finds out: in SiT's files time runs the other way, and they
-        predict a variance, too, which is dropped, as their authors do. Else UserError."""
-        with torch.serialization.safe_globals([argparse.Namespace]):  # in the training files
-            content = data.load_checkpoint(path)
+    def from_pretrained(cls, path, heads=None, sit_time=None):
+        """This script's file, REPA's last.pt or training file, or SiT-XL-2-256.pt, else UserError;
+        EMA weights if there are any. sit_time=None: the file's tensors tell whether it is SiT's."""
         with data.refuse(f"{path}: does not hold a SiT"):
-            own = content["args"] if content.get("script") == "repa" else {}
-            state = content.get("ema") or content.get("model") or content
-            state = {k.removeprefix("module."): v for k, v in state.items()
-                     if "projectors." not in k or "projectors.0." in k}  # of the first teacher
-            dim, C, P, _ = state["x_embedder.proj.weight"].shape
-            depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-            sigma = len(state["final_layer.linear.bias"]) == 2 * P * P * C
-            if sigma:  # rows (P, P, 2C): the first C are the velocity
-                for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
-                    state[key] = state[key].unflatten(0, (P * P, 2 * C))[:, :C].flatten(0, 1)
-            last = state.get("projectors.0.4.weight", torch.empty(0, 0))
-            model = cls(math.isqrt(state["pos_embed"].shape[1]) * P, P, dim, depth,
-                        own.get("heads") or (16 if dim == 1152 else dim // 64),
-                        len(state["blocks.0.mlp.fc1.bias"]) / dim,
-                        len(state["y_embedder.embedding_table.weight"]) - 1, C,
-                        own.get("align_depth") or (8 if depth > 12 else min(4, depth)), *last.shape,
-                        own.get("path", "linear"), sigma if sit_time is None else sit_time)
+            state, sizes = data.read_sit(path, heads=heads, sit_time=sit_time)
+            model = cls(**sizes)
             model.load_state_dict(state)
         return model
 
 
+def draw_times(images, times):
+    """Times (B, 1, 1, 1), more often in the middle than at the ends. lognormal: the odds of noise
+    to image, t / (1 - t), are exp(n) with n ~ N(0, 1)."""
+    if times != "lognormal":
+        raise ValueError(f"times must be uniform or lognormal, not {times}")
+    odds = torch.randn_like(images[:, :1, :1, :1]).exp()
+    return odds / (1 + odds)
+
+
+# -------------------------------------------------------------------------------------- the sampler
+
+
+def guided_velocity(model, x, t, y, cfg, dtype):
+    """The velocity at x (B, C, H, H) and time t, a float; dtype is the model's, not that of x.
+
+    cfg > 1, classifier-free guidance: goes further along velocity(class) - velocity(any image)."""
+    t = torch.full_like(y, t, dtype=dtype)  # (B,)
+    if cfg <= 1:
+        return model(x.to(dtype), t, y).to(x.dtype)
+    null = torch.full_like(y, model.null)
+    labels = torch.cat([y, null])  # (2 B,): both velocities in one pass
+    x_twice = torch.cat([x, x]).to(dtype)
+    v = model(x_twice, t.repeat(2), labels).to(x.dtype)
+    of_class, of_any = v.chunk(2)  # each (B, C, H, H)
+    return of_any + cfg * (of_class - of_any)
+
+
 @torch.no_grad()
 def sample(model, noise, y, steps=50, method="euler", cfg=1.0, interval=(0, 1), generator=None):
-    """noise (B, C, H, H), classes y (B,) -> pictures (B, C, H, H), by going from t = 1 to 0.
+    """noise (B, C, H, H), classes y (B,) -> images (B, C, H, H), by going from t = 1 to t = 0.
 
-    euler: follow the velocity. heun: average it over each step, at twice the cost. sde: add fresh
-    noise of strength w = 2t, and undo it on average by the score, d log p(x_t) / d x.
-    cfg > 1, classifier-free guidance: exaggerate what the class adds, at times in `interval`."""
-    exact = torch.float32 if noise.device.type == "mps" else torch.float64
-    x, null = noise.to(exact), torch.full_like(y, model.null)
-
-    def direction(x, t, guided):
-        both, labels = (torch.cat([x, x]), torch.cat([y, null])) if guided else (x, y)
-        time = torch.full((len(both),), t, dtype=noise.dtype, device=noise.device)
-        v = model(both.to(noise.dtype), time, labels).to(exact)
-        if method == "sde":
-            a, s, da, ds = mix(torch.tensor(t, dtype=exact), model.path)
-            score = (a / da * v - both) / (s * s - a / da * ds * s)
-            v = v - t * score  # half of w, times the score
-        if guided:
-            of_class, of_any = v.chunk(2)
-            v = of_any + cfg * (of_class - of_any)
-        return v
-
+    euler: each step follows the velocity at its start. heun: the mean of that and the velocity at
+    its end, at twice the cost. cfg: guidance, at times t in `interval`. `generator` is not used:
+    it is here so that sample and sample_sde are called in the same way.
+    Copy with: guided_velocity.
+    """
+    if method not in ("euler", "heun"):
+        raise ValueError(f"method must be euler or heun, not {method}")
+    # Many small steps are added up: in float64, where the device has it.
+    x = noise.to(torch.float32 if noise.device.type == "mps" else torch.float64)
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
-    if method == "sde":  # near 0 the score is steep: the last step is long, and without noise
-        times = [*torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist(), 0.0]
-    for i, (t, following) in enumerate(zip(times, times[1:])):
-        guided, dt = cfg > 1 and interval[0] <= t <= interval[1], following - t
-        v = direction(x, t, guided)
-        if method == "heun" and i + 1 < steps:
-            v = (v + direction(x + dt * v, following, guided)) / 2
+    for i in range(steps):
+        t = times[i]
+        dt = times[i + 1] - t  # negative: from noise to image
+        strength = 1.0  # no guidance
+        if interval[0] <= t <= interval[1]:
+            strength = cfg
+        v = guided_velocity(model, x, t, y, cfg=strength, dtype=noise.dtype)
+        if method == "heun" and i + 1 < steps:  # the last step, to t = 0, is Euler's
+            end = x + dt * v  # where Euler's step would arrive
+            v_end = guided_velocity(model, end, times[i + 1], y, cfg=strength, dtype=noise.dtype)
+            v = (v + v_end) / 2
         x = x + dt * v
-        if method == "sde" and i + 1 < steps:
-            x = x + math.sqrt(2 * t * -dt) * torch.randn(x.shape, generator=generator, dtype=exact,
-                                                         device=x.device)
     return x.to(noise.dtype)
 
 
+@torch.no_grad()
+def sample_sde(model, noise, y, steps=50, cfg=1.0, interval=(0, 1), generator=None):
+    """As `sample`, but each step adds fresh noise, and removes as much of the noise it guesses.
+
+    Copy with: guided_velocity.
+    """
+    # The images come out the same on average if each step adds noise of variance w |dt|, and goes
+    # along v - w / 2 * score, not v; here w = 2 t. The score, d log p(x_t) / d x_t, points to where
+    # x_t is more likely. It is -n / t, where n is the noise in x_t as the model guesses it:
+    #     x_t = (1 - t) image + t n  and  v = n - image  give  n = x_t + (1 - t) v.
+    # Many small steps are added up: in float64, where the device has it.
+    x = noise.to(torch.float32 if noise.device.type == "mps" else torch.float64)
+
+    # Near t = 0 the score is steep: the last step, from 0.04 to 0, is without fresh noise.
+    times = torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist() + [0.0]
+    for i in range(steps):
+        t = times[i]
+        dt = times[i + 1] - t  # negative: from noise to image
+        strength = 1.0  # no guidance
+        if interval[0] <= t <= interval[1]:
+            strength = cfg
+        v = guided_velocity(model, x, t, y, cfg=strength, dtype=noise.dtype)
+        score = -(x + (1 - t) * v) / t
+        x = x + dt * (v - t * score)  # w / 2 = t
+        if i + 1 < steps:
+            fresh = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+            x = x + math.sqrt(2 * t * -dt) * fresh  # of variance w |dt|
+    return x.to(noise.dtype)
+
+
+# -------------------------------------------------------------------------------------- the teacher
+
+
 class Teacher(nn.Module):
-    """A frozen ViT encoder: images (B, 3, H, H), normalised -> patch tokens (B, N, D)."""
+    """A ViT encoder: images (B, 3, H, W), normalized -> patch tokens (B, N, D), no class token.
+
+    Copy with: Block, Attention, MLP, LayerNorm, PatchEmbed, patchify, sincos_2d, gelu_tanh,
+    data.resize_table.
+    """
 
     def __init__(self, image_size=32, patch_size=4, dim=128, depth=4, heads=4, mlp_ratio=4.0,
-                 class_token=False, act=F.gelu):
+                 class_token=False, tanh_gelu=False):
         super().__init__()
-        self.patch_size, self.dim, grid = patch_size, dim, image_size // patch_size
-        self.imagenet = False  # ImageNet's mean and deviation (timm's own: 0.5), or the data set's
+        self.patch_size = patch_size
+        self.dim = dim
+        self.extra = 1 if class_token else 0  # rows before those of the patches
+        self.imagenet = False  # a release: normalize its images with ImageNet's mean and std
         self.patch_embed = PatchEmbed(dim, patch_size)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, class_token + grid**2, dim))
-        self.pos_embed.data[0, int(class_token):] = sincos_2d(dim, grid)
+        if class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        grid = image_size // patch_size
+        table = torch.zeros(1, self.extra + grid**2, dim)
+        table[0, self.extra:] = sincos_2d(dim, grid)
+        self.pos_embed = nn.Parameter(table)
+        act = gelu_tanh if tanh_gelu else F.gelu
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, act=act) for _ in range(depth))
         self.norm = LayerNorm(dim)
 
     def forward(self, images):
-        P, extra = self.patch_size, int(self.cls_token is not None)
-        rows, columns = images.shape[2] // P, images.shape[3] // P
+        _, _, H, W = images.shape
+        P = self.patch_size
         # REPA stretches DINOv2's table as timm does; torch.hub's code differs by about 1 %.
-        table = resize_table(self.pos_embed, rows, columns, extra)
-        x = self.patch_embed(patchify(images, P)) + table[:, extra:]
-        if extra:
-            token = (self.cls_token + table[:, :1]).expand(len(x), -1, -1)
-            x = torch.cat([token, x], dim=1)  # (B, 1 + N, D)
+        table = data.resize_table(self.pos_embed, H // P, W // P, extra=self.extra)
+        x = self.patch_embed(patchify(images, P))
+        x = x + table[:, self.extra:]
+        if self.extra:
+            cls_token = self.cls_token + table[:, :1]
+            cls_token = cls_token.expand(len(x), -1, -1)
+            x = torch.cat([cls_token, x], dim=1)  # (B, 1 + N, D)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)[:, -rows * columns:]
-
-    @torch.no_grad()
-    def look(self, dataset, images, grid, amp):
-        """uint8 pictures (B, 3, H, H) -> unit tokens (B, grid * grid, D) float16: they are rescaled
-        so that there are as many patches as the student has."""
-        mean, std = IMAGENET.to(images.device) if self.imagenet else (dataset.mean, dataset.std)
-        x = (images.float() / 255 - mean[:, None, None]) / std[:, None, None]
-        if x.shape[2] != (side := grid * self.patch_size):
-            x = F.interpolate(x, (side, side), mode="bicubic", antialias=side < x.shape[2])
-        with amp:
-            x = self(x)
-        return F.normalize(x.float(), dim=-1).half()
+        x = self.norm(x)
+        return x[:, self.extra:]  # the patches alone
 
     @classmethod
-    def from_pretrained(cls, path):
-        """This repository's vit, mae or jepa checkpoint, or a release of DINOv2, timm, MAE or
-        I-JEPA (target encoder); else UserError."""
-        content = data.load_checkpoint(path)
+    def from_pretrained(cls, path, heads=None):
+        """Frozen, from this repository's vit, mae, jepa or teacher checkpoint, or a release of
+        DINOv2, timm, MAE or I-JEPA (target encoder); else UserError."""
         with data.refuse(f"{path}: does not hold a ViT encoder"):
-            state = content.get("target_encoder", content.get("model", content))
-            if content.get("script") == "jepa":
-                state = {k[15:]: v for k, v in state.items() if k.startswith("target_encoder.")}
-            skip = ("decoder_", "mask_token", "encoder_mask_token", "head.", "pre_logits")
-            state = {k.removeprefix("module."): v for k, v in state.items()
-                     if not k.startswith(skip)}
-            for key in [k for k in state if k.endswith(".gamma")]:  # DINOv2's scale of a branch:
-                name = key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
-                gamma = state.pop(key)  # the same as scaling its last map
-                state[f"{name}.weight"] = gamma[:, None] * state[f"{name}.weight"]
-                state[f"{name}.bias"] = gamma * state[f"{name}.bias"]
-            own = content["args"] if "script" in content else {}
-            dim, _, P, _ = state["patch_embed.proj.weight"].shape
-            extra = "cls_token" in state
-            teacher = cls(math.isqrt(state["pos_embed"].shape[1] - extra) * P, P, dim,
-                          1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
-                          own.get("heads") or (16 if dim in (1280, 1408) else dim // 64),
-                          len(state["blocks.0.mlp.fc1.bias"]) / dim, extra,
-                          gelu_tanh if own.get("tanh_gelu") else F.gelu)
-            teacher.load_state_dict(state)
-            teacher.imagenet = not own
+            state, sizes = data.read_encoder(path, heads=heads, head=False)
+            teacher = cls(**sizes)
+            data.load_weights(teacher, state)
+            teacher.imagenet = not data.is_own(path)
         return teacher.eval().requires_grad_(False)
 
 
-def train_teacher(dataset, args, amp, steps):
-    """A small ViT that learns the classes with the mean of its patch tokens; no diffusion in it."""
+@torch.no_grad()
+def teacher_tokens(teacher, dataset, images, grid, amp):
+    """uint8 images (n, 3, H, H) -> unit tokens (n, grid * grid, Z) float16.
+
+    Images are rescaled so that the teacher has as many patches as the student, grid * grid.
+    Copy with: data.IMAGENET.
+    """
+    mean = dataset.mean
+    std = dataset.std
+    if teacher.imagenet:
+        mean = torch.tensor(data.IMAGENET[0], device=images.device)
+        std = torch.tensor(data.IMAGENET[1], device=images.device)
+    side = grid * teacher.patch_size
+    parts = []
+    for x in images.split(100):  # (100, 3, H, H)
+        x = (x.float() / 255 - mean[:, None, None]) / std[:, None, None]
+        if x.shape[2] != side:  # 14 times the student's grid for DINOv2
+            is_smaller = side < x.shape[2]
+            x = F.interpolate(x, (side, side), mode="bicubic", antialias=is_smaller)
+        with amp:
+            x = teacher(x)
+        x = F.normalize(x.float(), dim=-1)
+        parts.append(x.half())  # all tokens of a data set stay in memory
+    return torch.cat(parts)
+
+
+def train_teacher(args, dataset, amp):
+    """A small ViT that learns the classes from the mean of its tokens; no diffusion in it."""
+    print(f"teacher: a small ViT, trained for {args.teacher_steps} steps with the images' labels")
+    device = dataset.mean.device
     torch.manual_seed(args.seed)
-    images, labels = dataset.train_images, dataset.train_labels
     teacher = Teacher(args.image_size, args.patch_size)
-    head = nn.Linear(teacher.dim, len(dataset.class_names))
-    model = nn.ModuleList([teacher, head]).to(images.device)
+    head = nn.Linear(teacher.dim, len(dataset.class_names))  # only for this training
+    model = nn.ModuleList([teacher, head]).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=max(1, steps))
+    steps = args.teacher_steps
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for step in tqdm(range(steps), desc="teacher"):
         torch.manual_seed(args.seed * 1_000_003 + step)
-        index = data.batch_index(len(labels), 64, step, args.seed).to(images.device)
+        index = data.batch_index(len(dataset.train_images), 64, step, args.seed)
+        index = index.to(device)
+        images = data.augment(dataset.train_images[index])
+        images = dataset.normalize(images)
         with amp:
-            tokens = teacher(dataset.normalise(data.augment(images[index])))  # (B, N, D)
-            loss = F.cross_entropy(head(tokens.mean(1)).float(), labels[index])
-        optimizer.zero_grad(), loss.backward(), optimizer.step(), schedule.step()
+            tokens = teacher(images)  # (B, N, D)
+            logits = head(tokens.mean(dim=1))  # (B, K)
+            loss = F.cross_entropy(logits.float(), dataset.train_labels[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
     return teacher
 
 
 def pick_teacher(args, dataset, amp, out):
-    """The file of --teacher; else a network that is trained here first, for "random" not at all,
-    and kept for --resume. None if nothing is to be aligned."""
-    if args.teacher in (None, "random") and (args.align or args.teacher):
-        steps, began = 0 if args.teacher else args.teacher_steps, time.time()
-        print(f"teacher: a small ViT, trained for {steps} steps with the pictures' labels")
-        state = train_teacher(dataset, args, amp, steps).state_dict()
-        args.teacher, args.teacher_seconds = str(out / "teacher.pt"), time.time() - began
-        data.save_checkpoint(args.teacher, script="teacher", model=state, args=dict(heads=4))
-    return args.teacher and Teacher.from_pretrained(args.teacher).to(dataset.train_images.device)
+    """The frozen teacher, or None if nothing is to be aligned."""
+    path = out / "teacher.pt"  # for --resume, which finds it there even if --out was moved
+    is_kept = args.resume and path.exists() and (out / "checkpoint.pt").exists()
+    if args.teacher is None and args.align == 0:
+        return None
+    elif args.teacher == "random":  # a control: a ViT that is not trained
+        torch.manual_seed(args.seed)
+        teacher = Teacher(args.image_size, args.patch_size)
+    elif args.teacher is not None:  # a file
+        teacher = Teacher.from_pretrained(args.teacher)
+    elif is_kept:  # trained by the first part of this run
+        teacher = Teacher.from_pretrained(path)
+    else:
+        began = time.time()
+        teacher = train_teacher(args, dataset, amp)
+        args.teacher_seconds = time.time() - began
+        data.save_checkpoint(path, script="teacher", model=teacher.state_dict(), args={"heads": 4})
+    return teacher.to(dataset.mean.device).eval().requires_grad_(False)
 
 
-@torch.no_grad()
+# ------------------------------------------------------------------------------ scores and pictures
+
+
 def generate(model, dataset, labels, args, amp, cfg=1.0):
-    """Classes (n,) -> pictures (n, 3, H, H) uint8, the same ones for the same seed."""
-    g = torch.Generator(labels.device).manual_seed(args.seed)
-    side, parts = model.grid * model.patch_size, []
-    for y in labels.split(100):
-        noise = torch.randn(len(y), 3, side, side, generator=g, device=y.device)
+    """Classes (n,) -> images (n, 3, H, H) uint8, the same ones for the same seed."""
+    generator = torch.Generator(labels.device).manual_seed(args.seed)
+    side = model.grid * model.patch_size
+    options = dict(steps=args.sample_steps, cfg=cfg, interval=args.interval, generator=generator)
+    parts = []
+    for y in labels.split(100):  # a part at a time, for the memory of the device
+        noise = torch.randn(len(y), 3, side, side, generator=generator, device=y.device)
         with amp:
-            x = sample(model, noise, y, args.sample_steps, args.sampler, cfg, args.interval, g)
-        parts.append((dataset.denormalise(x) * 255).round().byte())
+            if args.sampler == "sde":
+                images = sample_sde(model, noise, y, **options)
+            else:
+                images = sample(model, noise, y, method=args.sampler, **options)
+        images = dataset.denormalize(images) * 255
+        parts.append(images.round().byte())
     return torch.cat(parts)
 
 
-def frechet(x, y):
-    """Distance of the Gaussians fitted to features x (n, D) and y (m, D), in float64:
-    |m1 - m2|^2 + trace(S1 + S2 - 2 (S1^(1/2) S2 S1^(1/2))^(1/2))."""
-    x, y = x.cpu().double(), y.cpu().double()
-    S1, S2 = x.T.cov(), y.T.cov()
-    values, vectors = torch.linalg.eigh(S1)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ S2 @ root).clamp(min=0).sqrt().sum()
-    return ((x.mean(0) - y.mean(0)).square().sum() + S1.trace() + S2.trace() - 2 * cross).item()
+@torch.no_grad()
+def velocity_error(model, dataset, amp):
+    """The velocity loss on 500 test images: the mean of 8 fixed times, with fixed noise."""
+    images = dataset.normalize(dataset.test_images[:500])
+    y = dataset.test_labels[:500]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(images.shape, generator=generator).to(images.device)
+    errors = []
+    for t in torch.linspace(1 / 16, 15 / 16, 8, device=images.device):  # 1/16, 3/16, ...
+        x_t = (1 - t) * images + t * noise
+        velocity = noise - images
+        with amp:
+            pred = model(x_t, t.expand(len(images)), y)
+        error = (pred.float() - velocity).square().mean()
+        errors.append(error.item())
+    return sum(errors) / len(errors)
 
 
-def measure(model, dataset, args, amp):
-    """-> velocity: the loss on 500 test pictures, mean of 8 fixed times, with fixed noise. frechet:
-    distance of --samples own pictures to as many test pictures of the same classes, in the features
-    of a small CNN, never the teacher's; _floor: of training pictures instead; _ceiling: of Gaussian
-    pixels that have the training set's mean and deviation in each channel."""
-    fixed, losses = torch.Generator().manual_seed(0), []
-    x, y = dataset.normalise(dataset.test_images[:500]), dataset.test_labels[:500]
-    noise = torch.randn(x.shape, generator=fixed).to(x.device)
-    for t in torch.linspace(1 / 16, 15 / 16, 8, device=x.device):
-        a, s, da, ds = mix(t, model.path)
-        with amp, torch.no_grad():
-            v = model(a * x + s * noise, t.expand(len(x)), y)
-        losses.append((v.float() - (da * x + ds * noise)).square().mean().item())
-    cnn, n = data.train_cnn(dataset, args.seed), min(args.samples, len(dataset.test_labels))
-    real, labels = dataset.test_images[:n], dataset.test_labels[:n]
-    noise = dataset.denormalise(torch.randn(real.shape, generator=fixed).to(real.device))
-    scores, fp32 = {"velocity": sum(losses) / 8}, torch.autocast(x.device.type, enabled=False)
-    for key, images in (("frechet", generate(model, dataset, labels, args, amp)),
-                        ("frechet_floor", dataset.train_images[:n]),
-                        ("frechet_ceiling", (noise * 255).round().byte())):
-        scores[key] = frechet(*(data.extract(cnn.features, dataset, x, fp32)
-                                for x in (images, real)))
-    return scores
+def frechet_scores(model, dataset, args, amp):
+    """Distances to the first --samples test images, in the features of a small CNN, which is never
+    the teacher. frechet: of new images of the same classes. frechet_floor: of training images.
+    frechet_ceiling: of Gaussian pixels with the mean and std of the training images."""
+    cnn = data.train_cnn(dataset, args.seed)
+    fp32 = torch.autocast(dataset.mean.device.type, enabled=False)
+
+    def features(images):
+        return data.extract(cnn.features, dataset, images, fp32)
+
+    n = min(args.samples, len(dataset.test_labels))
+    real = features(dataset.test_images[:n])
+    made = generate(model, dataset, labels=dataset.test_labels[:n], args=args, amp=amp)
+    torch.manual_seed(args.seed)
+    noise = dataset.denormalize(torch.randn(made.shape).to(made.device)) * 255
+    return dict(
+        frechet=data.frechet(features(made), real),
+        frechet_floor=data.frechet(features(dataset.train_images[:n]), real),
+        frechet_ceiling=data.frechet(features(noise.round().byte()), real),
+    )
 
 
-def probe_by_block(model, dataset, amp, training=4000, held=1000):
-    """The paper's curve: accuracy of a linear probe on each block on `held` training pictures."""
-    n = min(training + held, len(dataset.train_images))
-    cut, y, curve = n - n * held // (training + held), dataset.train_labels, []
+def probe_by_block(model, dataset, amp):
+    """The paper's curve, [(block, accuracy of a linear probe)]. The probe is trained on four fifths
+    of at most 5000 training images, and tested on the last fifth."""
+    images = dataset.train_images[:5000]
+    y = dataset.train_labels[:5000]
+    split = len(y) - len(y) // 5  # the first image that the probe does not learn from
+    curve = []
     for block in range(1, len(model.blocks) + 1):
-        f = data.extract(lambda x: model.features(x, block), dataset, dataset.train_images[:n], amp)
-        curve.append((block, data.linear_probe(f[:cut], y[:cut], f[cut:], y[cut:n])))
+        features = functools.partial(model.features, layer=block)
+        x = data.extract(features, dataset, images, amp)
+        accuracy = data.linear_probe(x[:split], y[:split], x[split:], y[split:])
+        curve.append((block, accuracy))
     return curve
 
 
-def draw(model, dataset, out, args, amp):
-    """samples.png, one class a column; the training's curves; the probe by block."""
-    labels = dataset.train_labels.unique()[:10].repeat(8)
-    images = generate(model, dataset, labels, args, amp, args.cfg)
-    data.save_png(out / "samples.png", images, columns=len(labels) // 8)
-    with data.refuse(f"--compare {args.compare}: not a model of such pictures"):
-        other = args.compare and SiT.from_pretrained(args.compare).to(labels.device)
-        curves = {name: probe_by_block(m, dataset, amp)
-                  for name, m in (("this run", model), ("--compare", other)) if m}
+def draw_samples(model, dataset, out, args, amp):
+    """New images, one class a column, with the guidance --cfg."""
+    labels = dataset.train_labels.unique()[:10]
+    images = generate(model, dataset, labels=labels.repeat(8), args=args, amp=amp, cfg=args.cfg)
+    data.save_png(out / "samples.png", images, columns=len(labels))
+    return ["samples.png"]
+
+
+def draw_probes(model, dataset, out, args, amp):
+    """How well each block's features tell the class, here and in the model of --compare."""
+    curves = {"this run": probe_by_block(model, dataset, amp)}
+    if args.compare:
+        with data.refuse(f"--compare {args.compare}: not a model of such images"):
+            other = SiT.from_pretrained(args.compare).to(dataset.mean.device)
+            curves["--compare"] = probe_by_block(other, dataset, amp)
     data.save_chart(out / "blocks.svg", curves, "block", "linear probe at t = 0.5")
-    if args.load:
-        return ["samples.png", "blocks.svg"]
-    with data.refuse(f"{out / 'log.csv'}: not the whole log of a run"):
-        log = data.read_log(out / "log.csv")
-        data.save_chart(out / "training.svg", {
-            name: zip(log["step"], log[name]) for name in ("velocity", "alignment")}, "step",
-            "velocity loss; alignment: mean cosine")
-    return ["samples.png", "blocks.svg", "training.svg"]
+    return ["blocks.svg"]
+
+
+# ---------------------------------------------------------------------------------------- training
+
+SIZES = {  # S to XL are the paper's, on latents of 32 x 32 x 4
+    "tiny": dict(image_size=16, patch_size=2, dim=128, depth=4, heads=4,
+                 align_depth=2, projector_dim=256),
+    "S": dict(patch_size=2, dim=384, depth=12, heads=6, align_depth=4, projector_dim=2048),
+    "B": dict(patch_size=2, dim=768, depth=12, heads=12, align_depth=4, projector_dim=2048),
+    "L": dict(patch_size=2, dim=1024, depth=24, heads=16, align_depth=8, projector_dim=2048),
+    "XL": dict(patch_size=2, dim=1152, depth=28, heads=16, align_depth=8, projector_dim=2048),
+}
 
 
 def parse_args(argv=None):
-    parser, number = data.Parser(__doc__), data.number
+    count = data.number(int, 1, 10**9)
+    share = data.number(float, 0, 1)
+    parser = data.Parser(__doc__)
     data.common_options(parser, "repa", SIZES, steps=1100, batch_size=64, lr=8e-3)
-    parser.add("--warmup", 100, "steps of linear warm-up", type=number(int, 0))
-    parser.add("--align", 0.5, "weight of the alignment; 0: plain SiT", type=number(float, 0, 100))
-    parser.add("--align-until", None, "step at which alignment ends", type=number(int, 1))
-    parser.add("--align-depth", None, "the aligned block, else the size's", type=number(int, 1))
-    parser.add("--projector-dim", None, "its width, else the size's", type=number(int, 1, 65536))
-    parser.add("--teacher", None, "a vit, mae, jepa, DINOv2, timm file, or random")
-    parser.add("--teacher-steps", 300, "if it has to be trained first", type=number(int, 1))
-    parser.add("--path", "linear", "from picture to noise", choices=["linear", "cosine"])
-    parser.add("--times", "lognormal", "how training draws t", choices=["uniform", "lognormal"])
-    parser.add("--label-dropout", 0.1, "share of null labels", type=number(float, 0, 1))
-    parser.add("--ema", 0.995, "decay of the averaged weights", type=number(float, 0, 1))
-    parser.add("--sampler", "heun", "from noise to picture", choices=["euler", "heun", "sde"])
-    parser.add("--sample-steps", 15, "of the sampler", type=number(int, 1))
-    parser.add("--samples", 1000, "pictures for the Frechet distance", type=number(int, 2))
-    parser.add("--cfg", 2.0, "guidance of samples.png; 1: none", type=number(float, 1, 100))
-    parser.add("--interval", [0.0, 1.0], "times with guidance", type=number(float, 0, 1), nargs=2)
-    parser.add("--compare", None, "another run's checkpoint in the chart of blocks")
+    parser.add("--warmup", 100, "The learning rate grows linearly for this number of steps.",
+               type=data.number(int, 0))
+    parser.add("--align", 0.5, "The weight of the alignment in the loss; 0 is plain SiT.",
+               type=data.number(float, 0, 100))
+    parser.add("--align-until", None, "The step at which the alignment ends.", type=count)
+    parser.add("--align-depth", None, "The aligned block, if not that of --size.", type=count)
+    parser.add("--projector-dim", None, "The projector's width, if not that of --size.",
+               type=data.number(int, 1, 65536))
+    parser.add("--teacher", None, "The teacher's file (vit, mae, jepa, DINOv2, timm), or random: "
+               "an untrained ViT. A small ViT is trained first if this is not given.")
+    parser.add("--teacher-steps", 300, "The training steps of that small ViT.", type=count)
+    parser.add("--times", "lognormal", "How training draws the times; uniform is the paper's.",
+               choices=["uniform", "lognormal"])
+    parser.add("--label-dropout", 0.1, "The share of null labels in training.", type=share)
+    parser.add("--ema", 0.995, "The decay of the averaged weights, which are scored.", type=share)
+    parser.add("--sampler", "heun", "How noise becomes an image.", choices=["euler", "heun", "sde"])
+    parser.add("--sample-steps", 15, "The number of steps of the sampler.", type=count)
+    parser.add("--samples", 1000, "The number of images for the Frechet distance.",
+               type=data.number(int, 2))
+    parser.add("--cfg", 2.0, "The guidance of the images in samples.png; 1 is none.",
+               type=data.number(float, 1, 100))
+    parser.add("--interval", [0.0, 1.0], "Guidance is used from the first of these times to the "
+               "second.", type=share, nargs=2)
+    parser.add("--compare", None, "A checkpoint whose probes are drawn beside those of this run.")
     args = data.parse(parser, "repa", SIZES, argv)
     if args.align_depth > args.depth:
         raise data.UserError(f"--align-depth {args.align_depth}: there are {args.depth} blocks")
@@ -470,79 +606,115 @@ def parse_args(argv=None):
 
 
 def learning_rate(step, args):
-    """Linear warm-up, then half a cosine down to zero."""
-    progress = max(0, step - args.warmup) / max(1, args.steps - args.warmup)
-    return args.lr * min((step + 1) / (args.warmup + 1), 0.5 * (1 + math.cos(math.pi * progress)))
+    """Linear warm-up to the peak --lr, then half a cosine down to zero."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / (args.warmup + 1)
+    progress = (step - args.warmup) / max(1, args.steps - args.warmup)  # from 0 to 1
+    return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build(args, teacher_dim):
+    """A new model with the sizes in the options; teacher_dim=0: without a projector."""
+    return SiT(image_size=args.image_size, patch_size=args.patch_size,
+               dim=args.dim, depth=args.depth, heads=args.heads,
+               num_classes=len(args.class_names), align_depth=args.align_depth,
+               teacher_dim=teacher_dim, projector_dim=args.projector_dim)
+
+
+@torch.no_grad()
+def update_average(ema, model, decay):
+    """Each averaged weight a follows the trained one w: a = decay * a + (1 - decay) * w."""
+    for a, w in zip(ema.parameters(), model.parameters()):
+        a.lerp_(w, 1 - decay)
+
+
+def check_fit(model, dataset, path):
+    """UserError if the model makes other images than the data set's: no score would make sense."""
+    K = len(dataset.class_names)
+    if model.channels != 3 or model.null != K:
+        raise data.UserError(f"{path}: makes images of {model.channels} channels and {model.null} "
+                             f"classes; to be scored, they must be 3 and {K}")
 
 
 def train(args):
-    device, out = data.pick_device(args.device), pathlib.Path(args.out)
-    amp = autocast(device, args.precision)
+    """Trains a model, scores it, draws the pictures; returns the scores. --load: no training."""
+    # Set-up: device, data, teacher, model, optimizer.
+    device = data.pick_device(args.device)
+    amp = data.autocast(device, args.precision)  # matrix products in bfloat16 where that is fast
+    out = pathlib.Path(args.out)
     if args.load:
         model = SiT.from_pretrained(args.load)
-        args.steps, args.patch_size = 0, model.patch_size
+        args.steps = 0  # the loop below is left out
+        args.patch_size = model.patch_size
         args.image_size = model.grid * model.patch_size
     dataset = data.open_data(args, device)
-    teacher, K = None, len(dataset.class_names)
-    if args.load and (model.channels != 3 or model.null != K):
-        raise data.UserError(f"{args.load}: makes {model.channels} channels of {model.null} "
-                             f"classes; to score it takes 3 and {K}")
-    if not args.load:
+    if args.load:
+        check_fit(model, dataset, args.load)
+    else:
         teacher = pick_teacher(args, dataset, amp, out)
-        model = SiT(args.image_size, args.patch_size, args.dim, args.depth, args.heads, 4.0, K, 3,
-                    args.align_depth, teacher.dim if teacher else 0, args.projector_dim, args.path)
         torch.manual_seed(args.seed)
-        model.init_weights()  # once more: so the trunk does not depend on the projector
+        model = build(args, teacher_dim=teacher.dim if teacher else 0)
     model.to(device)
-    ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
-                                  betas=(0.9, 0.999), weight_decay=0, fused=device.type != "mps")
+    ema = copy.deepcopy(model).requires_grad_(False)  # the average of the weights over the steps
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), weight_decay=0,
+                                  fused=device.type != "mps")
     start, scores = data.resume(args, "repa", model=model, ema=ema, optimizer=optimizer)
+    loss_function = torch.compile(model.loss) if args.compile else model.loss
+    if not args.load and args.align > 0:  # the teacher is asked once, for all epochs
+        tokens = teacher_tokens(teacher, dataset, dataset.train_images, grid=model.grid, amp=amp)
 
     def save(step):
         data.save_checkpoint(out / "checkpoint.pt", script="repa", model=model.state_dict(),
                              ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step,
                              args=vars(args), scores=scores)
 
-    seen = teacher and torch.cat([teacher.look(dataset, x, model.grid, amp) for x in
-                                  dataset.train_images.split(100)])  # once and for all epochs
-    loss_function = torch.compile(model.loss) if args.compile else model.loss
-    for step in (steps := data.Steps(args, start, scores)):
+    # Training.
+    progress = data.Progress(args, start, scores)
+    for step in progress:
+        # Each step has a seed of its own, so that a resumed run repeats this one bit for bit.
         torch.manual_seed(args.seed * 1_000_003 + step)
-        rate = learning_rate(step, args)
+        lr = learning_rate(step, args)
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        i = data.batch_index(len(dataset.train_labels), args.batch_size, step, args.seed).to(device)
-        x, y = dataset.train_images[i], dataset.train_labels[i]
-        z = seen[i] if args.align and step < (args.align_until or args.steps) else None
+            group["lr"] = lr
+        index = data.batch_index(len(dataset.train_images), args.batch_size, step, args.seed)
+        index = index.to(device)
+        images = dataset.normalize(dataset.train_images[index])
+        z = None
+        if args.align > 0 and step < (args.align_until or args.steps):
+            z = tokens[index]  # (B, N, Z)
         with amp:
-            loss, parts = loss_function(dataset.normalise(x), y, z, args.align,
-                                        args.label_dropout, args.times)
+            loss, parts = loss_function(images, dataset.train_labels[index], z, align=args.align,
+                                        label_dropout=args.label_dropout, times=args.times)
         optimizer.zero_grad()
         loss.backward()
-        steps.check(step, loss, nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        # One bad batch can give a huge gradient: scale all gradients down if their norm exceeds 1.
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        progress.check(step, loss, norm)  # notes the loss; ends the run if either is not finite
         optimizer.step()
-        with torch.no_grad():  # the average follows closely at first, then at --ema
-            for slow, fast in zip(ema.parameters(), model.parameters()):
-                slow.lerp_(fast, 1 - min(args.ema, (1 + step) / (10 + step)))
-        scores = dict(loss=steps.loss, seconds=steps.seconds(), images_seen=(step + 1) * len(x))
+        # The weights change most at first: the decay grows from 0.1 to --ema (in 1,790 steps).
+        update_average(ema, model, decay=min(args.ema, (1 + step) / (10 + step)))
+        scores = progress.scores(images_seen=(step + 1) * len(images))
         if step % 10 == 0 or step + 1 == args.steps:
-            data.log(out / "log.csv", step, images_seen=scores["images_seen"], loss=steps.loss,
-                     velocity=parts["velocity"], alignment=parts.get("alignment", math.nan),
-                     lr=rate)
-        if steps.due(step):
+            data.log(out / "log.csv", step, images_seen=scores["images_seen"], loss=scores["loss"],
+                     velocity=parts["velocity"], alignment=parts.get("alignment", math.nan), lr=lr)
+        if progress.due(step):
             save(step + 1)
 
-    scores |= measure(ema, dataset, args, amp)
+    # Scores and pictures, all of the averaged weights.
+    scores["velocity"] = velocity_error(ema, dataset, amp)
+    scores |= frechet_scores(ema, dataset, args, amp)
     scores["teacher_seconds"] = getattr(args, "teacher_seconds", 0.0)
     untrained = copy.deepcopy(ema)
     torch.manual_seed(args.seed)
     untrained.init_weights()
     scores |= data.probe_scores(dataset, ema.features, untrained.features, amp)
-    files = draw(ema, dataset, out, args, amp)
+    files = draw_samples(ema, dataset, out, args=args, amp=amp)
+    files += draw_probes(ema, dataset, out, args=args, amp=amp)
     if not args.load:
+        data.compare_logs(out / "training.svg", [out], ["velocity", "alignment"], x="step",
+                          xlabel="step", ylabel="velocity loss; alignment: mean cosine")
         save(max(start, args.steps))
-        files += ["checkpoint.pt", "log.csv"]
+        files += ["training.svg", "checkpoint.pt", "log.csv"]
     return data.report(scores, out, files)
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import data
 
 ROOT = pathlib.Path(__file__).parents[1]
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))  # a test machine has at least two cores
 
 
 def block_shapes(name, D):
@@ -28,8 +28,13 @@ def block_shapes(name, D):
 
 def transformer(s, x, prefix, heads):
     """The layers of a state dict s whose names begin with prefix, on one sequence x (N, D)."""
-    linear = lambda x, name: F.linear(x, s[name + ".weight"], s[name + ".bias"])
-    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], s[name + ".weight"], s[name + ".bias"], 1e-6)
+
+    def linear(x, name):
+        return F.linear(x, s[name + ".weight"], s[name + ".bias"])
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], s[name + ".weight"], s[name + ".bias"], 1e-6)
+
     for i in range(sum(k.startswith(prefix) and k.endswith("norm1.bias") for k in s)):
         b = f"{prefix}{i}."
         q, k, v = linear(norm(x, b + "norm1"), b + "attn.qkv").reshape(len(x), 3, heads, -1).permute(1, 2, 0, 3)
@@ -54,7 +59,8 @@ def plain(x):
 
 def difference(a, b):
     """In what the folders of two finished runs differ, seconds aside."""
-    one, two = (data.load_checkpoint(folder / "checkpoint.pt") for folder in (a, b))
+    one = data.load_checkpoint(a / "checkpoint.pt")
+    two = data.load_checkpoint(b / "checkpoint.pt")
     for checkpoint in (one, two):
         checkpoint["scores"] = {k: v for k, v in checkpoint["scores"].items() if not k.endswith("seconds")}
     parts = [part for part in ("model", "ema", "optimizer", "step", "scores") if plain(one[part]) != plain(two[part])]
@@ -62,7 +68,7 @@ def difference(a, b):
 
 
 def brightness(path, n, seed=0):
-    """Writes an .npz of n pictures, 16 x 16, in 3 classes that differ in brightness."""
+    """Writes an .npz of n images, 16 x 16, in 3 classes that differ in brightness."""
     labels = np.arange(n) % 3
     images = np.random.default_rng(seed).integers(0, 60, (n, 16, 16, 3)) + 80 * labels[:, None, None, None]
     np.savez(path, images=images.astype(np.uint8), labels=labels)
@@ -70,7 +76,7 @@ def brightness(path, n, seed=0):
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
-    """A small .npz of 120 pictures: scripts run on it in seconds."""
+    """A small .npz of 120 images: scripts run on it in seconds."""
     path = tmp_path_factory.mktemp("pictures") / "own.npz"
     brightness(path, 120)
     return path
@@ -82,7 +88,7 @@ def script(tmp_path):
 
     def call(*words, **more):
         command = [sys.executable, *(str(word) for word in words)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, **more)
+        return subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf8", timeout=120, **more)
 
     return call
 
@@ -114,7 +120,7 @@ def same_run(tmp_path):
         path = tmp_path / "cut" / "checkpoint.pt"
         command = [sys.executable, f"{module.__name__}.py", *words, "--out", str(path.parent), "--resume"]
         for how in (signal.SIGKILL, signal.SIGINT):
-            run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True,
+            run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, encoding="utf8",
                                    env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
             before = path.stat().st_mtime_ns if path.exists() else 0
             while run.poll() is None and not (path.exists() and path.stat().st_mtime_ns > before):

@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from common import (MLP, Attention, Block, Cache, LayerNorm, PatchEmbed, autocast, gelu_tanh, patchify,
-                    quick_gelu, resize_table, sincos_2d, unpatchify)
+from common import (MLP, Attention, Block, Cache, LayerNorm, PatchEmbed, gelu_tanh, patchify, quick_gelu, sincos_2d,
+                    unpatchify)
 
-B, N, D, HEADS = 2, 7, 16, 4
+B = 2
+N = 7
+D = 16
+HEADS = 4
 
 
 @pytest.fixture(autouse=True)
@@ -29,28 +32,35 @@ def close(ours, theirs, tolerance=1e-6):
 def same_gradients(ours, theirs, *inputs, parameters=()):
     """The same output, and the same gradient for the inputs and for pairs of parameters (ours, theirs)."""
     close(ours, theirs)
-    probe = torch.randn_like(ours)
-    left, right = zip(*[(x, x) for x in inputs], *parameters)
-    for a, b in zip(torch.autograd.grad(ours, left, probe, retain_graph=True),
-                    torch.autograd.grad(theirs, right, probe, retain_graph=True)):
+    direction = torch.randn_like(ours)
+    left = [*inputs, *(pair[0] for pair in parameters)]
+    right = [*inputs, *(pair[1] for pair in parameters)]
+    our_gradients = torch.autograd.grad(ours, left, direction, retain_graph=True)
+    their_gradients = torch.autograd.grad(theirs, right, direction, retain_graph=True)
+    for a, b in zip(our_gradients, their_gradients):
         close(a, b)
 
 
 def copy_attention(ours, theirs):
-    theirs.in_proj_weight.data, theirs.out_proj.weight.data = ours.qkv.weight.data, ours.proj.weight.data
+    theirs.in_proj_weight.data = ours.qkv.weight.data
+    theirs.out_proj.weight.data = ours.proj.weight.data
     if theirs.in_proj_bias is not None:
-        nn.init.normal_(ours.qkv.bias), nn.init.normal_(ours.proj.bias)
-        theirs.in_proj_bias.data, theirs.out_proj.bias.data = ours.qkv.bias.data, ours.proj.bias.data
+        nn.init.normal_(ours.qkv.bias)
+        nn.init.normal_(ours.proj.bias)
+        theirs.in_proj_bias.data = ours.qkv.bias.data
+        theirs.out_proj.bias.data = ours.proj.bias.data
 
 
-def randomise(module):
+def randomize(module):
+    """Random numbers also where the initialization has zeros and ones."""
     for p in module.parameters():
         nn.init.normal_(p, std=0.3)
     return module.double()
 
 
 def test_layer_norm_is_the_slides_formula():
-    norm, x = randomise(LayerNorm(D, eps=1e-5)), tokens()
+    norm = randomize(LayerNorm(D, eps=1e-5))
+    x = tokens()
     mean = x.sum(-1, keepdim=True) / D
     variance = ((x - mean) ** 2).sum(-1, keepdim=True) / D
     same_gradients(norm(x), (x - mean) / (variance + 1e-5).sqrt() * norm.weight + norm.bias, x)
@@ -74,9 +84,11 @@ def test_self_attention_is_multihead_attention(bias, causal):
 
 
 def test_cross_attention_is_multihead_attention():
-    ours, theirs = Attention(D, HEADS).double(), nn.MultiheadAttention(D, HEADS, batch_first=True).double()
+    ours = Attention(D, HEADS).double()
+    theirs = nn.MultiheadAttention(D, HEADS, batch_first=True).double()
     copy_attention(ours, theirs)
-    x, context = tokens(), tokens(5)
+    x = tokens()
+    context = tokens(5)
     expected, weights = theirs(x, context, context, average_attn_weights=False)
     same_gradients(ours(x, context), expected, x, context,
                    parameters=[(ours.qkv.weight, theirs.in_proj_weight), (ours.qkv.bias, theirs.in_proj_bias)])
@@ -85,8 +97,9 @@ def test_cross_attention_is_multihead_attention():
 
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_block_is_the_encoder_layer(norm_first):
-    ours = randomise(Block(D, HEADS, post_norm=not norm_first))
-    theirs = nn.TransformerEncoderLayer(D, HEADS, 4 * D, 0.0, "gelu", 1e-6, True, norm_first).double()
+    ours = randomize(Block(D, HEADS, post_norm=not norm_first))
+    theirs = nn.TransformerEncoderLayer(D, HEADS, dim_feedforward=4 * D, dropout=0.0, activation="gelu",
+                                        layer_norm_eps=1e-6, batch_first=True, norm_first=norm_first).double()
     copy_layer(ours, theirs)
     x = tokens()
     same_gradients(ours(x), theirs(x), x, parameters=[(ours.mlp.fc1.weight, theirs.linear1.weight),
@@ -95,22 +108,25 @@ def test_block_is_the_encoder_layer(norm_first):
 
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_block_with_cross_attention_is_the_decoder_layer(norm_first):
-    ours = randomise(Block(D, HEADS, causal=True, cross=True, post_norm=not norm_first))
-    theirs = nn.TransformerDecoderLayer(D, HEADS, 4 * D, 0.0, "gelu", 1e-6, True, norm_first).double()
+    ours = randomize(Block(D, HEADS, causal=True, cross=True, post_norm=not norm_first))
+    theirs = nn.TransformerDecoderLayer(D, HEADS, dim_feedforward=4 * D, dropout=0.0, activation="gelu",
+                                        layer_norm_eps=1e-6, batch_first=True, norm_first=norm_first).double()
     copy_layer(ours, theirs)
     copy_attention(ours.cross_attn, theirs.multihead_attn)
-    for a, b in ((theirs.norm2, ours.norm_cross), (theirs.norm3, ours.norm2)):
-        a.load_state_dict(b.state_dict())
-    x, context = tokens(), tokens(5)
+    theirs.norm2.load_state_dict(ours.norm_cross.state_dict())
+    theirs.norm3.load_state_dict(ours.norm2.state_dict())
+    x = tokens()
+    context = tokens(5)
     mask = nn.Transformer.generate_square_subsequent_mask(N, dtype=torch.float64)
     same_gradients(ours(x, context), theirs(x, context, tgt_mask=mask), x, context)
 
 
 def copy_layer(ours, theirs):
     copy_attention(ours.attn, theirs.self_attn)
-    for a, b in ((theirs.linear1, ours.mlp.fc1), (theirs.linear2, ours.mlp.fc2), (theirs.norm1, ours.norm1),
-                 (theirs.norm2, ours.norm2)):
-        a.load_state_dict(b.state_dict())
+    theirs.linear1.load_state_dict(ours.mlp.fc1.state_dict())
+    theirs.linear2.load_state_dict(ours.mlp.fc2.state_dict())
+    theirs.norm1.load_state_dict(ours.norm1.state_dict())
+    theirs.norm2.load_state_dict(ours.norm2.state_dict())
 
 
 def test_activations():
@@ -119,14 +135,16 @@ def test_activations():
     close(quick_gelu(x), x / (1 + torch.exp(-1.702 * x)))
     exact = 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
     close(MLP(D, D).act(x), exact)
-    assert 4e-4 < (gelu_tanh(x) - exact).abs().max() < 4.8e-4 and 0.02 < (quick_gelu(x) - exact).abs().max() < 0.021
+    assert 4e-4 < (gelu_tanh(x) - exact).abs().max() < 4.8e-4
+    assert 0.02 < (quick_gelu(x) - exact).abs().max() < 0.021
 
 
 @pytest.mark.parametrize("chunks", [[1] * N, [3, 1, 1, 2], [N]])
 def test_cached_steps_equal_the_full_pass(chunks):
-    block, x, cache, out = Block(D, HEADS, causal=True).double(), tokens(), Cache(N), []
-    for part in x.split(chunks, dim=1):
-        out.append(block(part, cache=cache))
+    block = Block(D, HEADS, causal=True).double()
+    x = tokens()
+    cache = Cache(N)
+    out = [block(part, cache=cache) for part in x.split(chunks, dim=1)]
     close(torch.cat(out, 1), block(x), 1e-12)
     with pytest.raises(ValueError, match="room for 7"):
         block(x[:, :1], cache=cache)
@@ -141,12 +159,45 @@ def test_bfloat16_paths_agree():
     assert (short.float() - attention(x)).abs().max() < 0.02
     x = torch.randn(1, 513, D)
     with torch.autocast("cpu", torch.bfloat16):
-        fused, written = attention(x), attention(x, return_weights=True)[0]
+        fused = attention(x)
+        written = attention(x, return_weights=True)[0]
     assert (fused.float() - written.float()).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.04)])
+@pytest.mark.parametrize("causal, n", [(False, N), (True, N), (True, 3), (True, 1)])
+def test_the_fused_kernel_and_the_written_out_branch_agree(dtype, tolerance, causal, n):
+    """n queries and N keys: with n < N, a cache holds the keys of the first N - n tokens."""
+    attention = Attention(D, HEADS, causal=causal)
+    nn.init.normal_(attention.qkv.weight, std=0.5)  # so that the weights are far from equal
+    attention.to(dtype)
+    x = torch.randn(B, N, D, dtype=dtype)
+    new = x[:, N - n:]
+
+    def cache():
+        cache = Cache(N)
+        if n < N:
+            attention(x[:, :N - n], cache=cache)
+        return cache
+
+    written, weights = attention(new, cache=cache(), return_weights=True)
+    q, k, v = attention.qkv(x).chunk(3, dim=-1)  # each (B, N, D)
+    q = attention.split_heads(q)[:, :, N - n:]
+    k = attention.split_heads(k)
+    v = attention.split_heads(v)
+    mask = torch.ones(n, N, dtype=torch.bool).tril(N - n) if causal else None
+    fused = Attention.fused(q, k, v, mask)  # (B, h, n, d)
+    fused = attention.proj(fused.transpose(1, 2).flatten(2))
+    chosen = attention(new, cache=cache())  # by the branch that this format takes
+    assert fused.dtype == written.dtype == dtype and weights.shape == (B, HEADS, n, N)
+    assert weights.amax() > 0.5
+    close(fused, written, tolerance)
+    close(fused, chosen, tolerance)
+
+
 def test_causal_attention_is_blind_to_what_follows():
-    attention, x = Attention(D, HEADS, causal=True).double(), tokens()
+    attention = Attention(D, HEADS, causal=True).double()
+    x = tokens()
     changed = x.detach().clone()
     changed[:, 4:] += 1
     difference = (attention(x) - attention(changed)).abs().amax((0, 2))
@@ -168,7 +219,7 @@ def test_patchify_puts_the_top_left_square_first():
     assert (unpatchify(patches, 4, rows=2) == images).all()
     square = torch.randn(1, 3, 12, 12)
     assert (unpatchify(patchify(square, 3), 3) == square).all()
-    with pytest.raises(ValueError, match="patches of 5 x 5 do not divide a picture of 8 x 12"):
+    with pytest.raises(ValueError, match="patches of 5 x 5 do not divide an image of 8 x 12"):
         patchify(images, 5)
 
 
@@ -180,30 +231,9 @@ def test_patch_embedding_is_a_strided_convolution():
 
 def test_sincos_table():
     table = sincos_2d(8, 3)  # MAE's: first half column, second half row
-    close(table[1], torch.tensor([math.sin(1), math.sin(0.01), math.cos(1), math.cos(0.01), 0, 0, 1, 1]))
-    close(table[3], torch.tensor([0, 0, 1, 1, math.sin(1), math.sin(0.01), math.cos(1), math.cos(0.01)]))
+    one = [math.sin(1), math.sin(0.01), math.cos(1), math.cos(0.01)]
+    close(table[1], torch.tensor([*one, 0, 0, 1, 1]))  # row 0, column 1
+    close(table[3], torch.tensor([0, 0, 1, 1, *one]))  # row 1, column 0
     assert sincos_2d(8, 2, 5).shape == (10, 8) and table.dtype == torch.float32
     with pytest.raises(ValueError):
         sincos_2d(6, 3)
-
-
-def test_resize_table():
-    table = torch.randn(1, 1 + 16, D)
-    assert resize_table(table, 4, extra=1) is table
-    bigger = resize_table(table, 8, extra=1)
-    assert bigger.shape == (1, 65, D) and (bigger[:, 0] == table[:, 0]).all()
-    ramp = torch.arange(4.0).repeat(4)[None, :, None]  # the column number
-    wide = resize_table(ramp, 8, antialias=False).reshape(8, 8)
-    assert (wide == wide[0]).all() and (wide.diff(dim=1) > 0).all() and abs(wide.mean() - 1.5) < 1e-5
-
-
-def test_autocast_says_what_it_chose_once(capsys):
-    from common import multiplies_bf16
-    multiplies_bf16.cache_clear()
-    for precision, dtype in (("bf16", torch.bfloat16), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        with autocast("cpu", precision):
-            assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
-    assert capsys.readouterr().out.splitlines() == ["precision: bfloat16 (--precision bf16)",
-                                                    "precision: float32 (--precision fp32)"]
-    autocast("cpu")
-    assert "this cpu has" in capsys.readouterr().out

@@ -1,13 +1,17 @@
-"""data.py: the pictures, the yardsticks, and what happens to every kind of bad file."""
+"""data.py: the images, the yardsticks, and what happens to every kind of bad file."""
 
+import argparse
 import contextlib
 import hashlib
 import http.server
 import io
 import math
+import os
 import pickle
 import re
+import signal
 import struct
+import sys
 import tarfile
 import threading
 import time
@@ -33,18 +37,19 @@ def test_shapes_are_what_the_design_says(shapes):
     assert shapes.train_images.shape == (20000, 3, 32, 32) and shapes.train_images.dtype == torch.uint8
     assert shapes.test_images.shape == (2000, 3, 32, 32) and shapes.unseen_images.shape == (1000, 3, 32, 32)
     assert torch.bincount(shapes.train_labels).tolist() == [2000] * 10
-    again, other = data.shapes(0), data.shapes(1)
+    again = data.shapes(0)
+    other = data.shapes(1)
     assert (again.train_images == shapes.train_images).all() and again.test_captions == shapes.test_captions
     assert (other.train_images != shapes.train_images).any()
 
 
-def test_captions_name_shape_colour_size_and_place(shapes):
+def test_captions_name_shape_color_size_and_position(shapes):
     def pair(caption):
         words = re.findall(r"\w+", caption)
-        colour, = set(words) & set(data.COLOURS)
+        color, = set(words) & set(data.COLORS)
         shape, = set(words) & set(data.SHAPES)
-        assert len({"small", "big"} & set(words)) == 1 and sum(p in caption for p in data.PLACES) == 1
-        return shape, colour
+        assert len({"small", "big"} & set(words)) == 1 and sum(p in caption for p in data.POSITIONS) == 1
+        return shape, color
 
     seen = {pair(c) for c in shapes.train_captions} | {pair(c) for c in shapes.test_captions}
     unseen = {pair(c) for c in shapes.unseen_captions}
@@ -61,12 +66,15 @@ def test_captions_are_true(shapes):
     shape = (images - ground).abs().amax(1) > 60  # (n, H, W)
     area = shape.float().mean((1, 2))
     column = (shape * torch.arange(32.0)).sum((1, 2)) / shape.sum((1, 2)).clamp(min=1)
-    has = lambda word: torch.tensor([word in c for c in shapes.train_captions[:4000]]) & (area > 0.05)
+
+    def has(word):
+        return torch.tensor([word in c for c in shapes.train_captions[:4000]]) & (area > 0.05)
+
     assert area[has("big")].mean() > 1.3 * area[has("small")].mean()
     assert column[has("on the left")].mean() < 13.5 < 17.5 < column[has("on the right")].mean()
-    colour = (images * shape[:, None]).sum((2, 3)) / shape.sum((1, 2)).clamp(min=1)[:, None]
+    color = (images * shape[:, None]).sum((2, 3)) / shape.sum((1, 2)).clamp(min=1)[:, None]
     for name in ("red", "green", "blue"):
-        assert colour[has(f" {name} ")].mean(0).argmax() == ["red", "green", "blue"].index(name)
+        assert color[has(f" {name} ")].mean(0).argmax() == ["red", "green", "blue"].index(name)
 
 
 def test_signed_distances_have_unit_slope_or_less():
@@ -87,18 +95,19 @@ def test_image_size_rescales(shapes):
     assert (small.test_images[:100].float() - pooled).abs().mean() < 4
 
 
-def test_normalise_and_back(shapes):
-    x = shapes.normalise(shapes.train_images[:10000])
+def test_normalize_and_back(shapes):
+    x = shapes.normalize(shapes.train_images[:10000])
     assert x.mean((0, 2, 3)).abs().max() < 1e-3 and (x.std((0, 2, 3)) - 1).abs().max() < 1e-3
-    assert (shapes.denormalise(x) * 255 - shapes.train_images[:10000]).abs().max() < 1e-2
+    assert (shapes.denormalize(x) * 255 - shapes.train_images[:10000]).abs().max() < 1e-2
 
 
 def cifar_folder(root, name="cifar10", n=None):
     """The official layout, with random pixels; returns what was written."""
     _, _, folder, label_bytes, files, names = data.CIFAR[name]
     (root / folder).mkdir(parents=True)
-    classes, rng = int(name[5:]), np.random.default_rng(0)
-    (root / folder / names).write_text("\n".join(f"class_{k}" for k in range(classes)) + "\n\n")
+    classes = int(name[5:])
+    rng = np.random.default_rng(0)
+    (root / folder / names).write_text("\n".join(f"class_{k}" for k in range(classes)) + "\n\n", encoding="utf8")
     written = {}
     for file, n in files.items():
         records = rng.integers(0, 256, (n, 3072 + label_bytes), dtype=np.uint8)
@@ -113,7 +122,7 @@ def test_cifar_reads_the_official_layout(tmp_path, name):
     folder, written = cifar_folder(tmp_path, name)
     cifar = data.load(name, tmp_path)
     label_bytes = data.CIFAR[name][3]
-    first, last = list(written.values())[0], list(written.values())[-1]
+    first, *_, last = written.values()
     assert cifar.train_images.shape == (50000, 3, 32, 32) and cifar.test_images.shape == (10000, 3, 32, 32)
     assert (cifar.train_labels[:100].numpy() == first[:100, label_bytes - 1]).all()  # CIFAR-100: the fine one
     assert (cifar.train_images[5].numpy().ravel() == first[5, label_bytes:]).all()
@@ -155,7 +164,8 @@ def web_server():
     answer = {}
     web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=web.serve_forever, daemon=True).start()
-    web.answer, web.url = answer, f"http://127.0.0.1:{web.server_port}/archive.tar.gz"
+    web.answer = answer
+    web.url = f"http://127.0.0.1:{web.server_port}/archive.tar.gz"
     yield web
     web.shutdown()
     web.server_close()
@@ -181,18 +191,21 @@ def archive(**members):
 
 def link(name, kind, target):
     info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, target
+    info.type = kind
+    info.linkname = target
     return info
 
 
 def test_download_is_whole_or_nothing(server, tmp_path):
     good = archive(**{"set/a.bin": b"12345", "set/b.txt": b"names", "../evil": b"out", "/etc/evil": b"out"})
     md5 = hashlib.md5(good).hexdigest()
-    get = lambda md5=md5: data.download(server.url, md5, tmp_path / "root", "set", {"a.bin": 5, "b.txt": None})
 
-    def refused(reason, md5=md5):
+    def get():
+        data.download(server.url, md5, tmp_path / "root", "set", {"a.bin": 5, "b.txt": None})
+
+    def refused(reason):
         with pytest.raises(data.UserError, match=reason) as error:
-            get(md5)
+            get()
         assert "\n" not in str(error.value) and list((tmp_path / "root").iterdir()) == []
 
     server.answer.update(status=404, body=b"")
@@ -251,8 +264,9 @@ def test_own_npz(pictures, tmp_path):
     assert own.class_names == ["0", "1", "2"] and own.name == "own"
     assert all(own.train_captions[i] == f"a photo of a {own.train_labels[i]}." for i in range(108))
     brightness = own.train_images.float().mean((1, 2, 3))
-    assert (brightness.div(80).long() == own.train_labels).all()  # pictures and labels stay together
-    images, labels = np.zeros((20, 8, 8, 3), np.uint8), np.arange(20)
+    assert (brightness.div(80).long() == own.train_labels).all()  # images and labels stay together
+    images = np.zeros((20, 8, 8, 3), np.uint8)
+    labels = np.arange(20)
     np.savez(tmp_path / "named.npz", images=images, labels=labels % 2, class_names=["cat", "dog"],
              captions=[f"number {i}" for i in range(20)])
     named = data.load(str(tmp_path / "named.npz"), seed=5)
@@ -261,9 +275,31 @@ def test_own_npz(pictures, tmp_path):
     assert data.load(str(tmp_path / "big_endian.npz")).train_labels.max() == 1
     assert named.class_names == ["cat", "dog"] and sorted(named.train_captions + named.test_captions) == sorted(
         f"number {i}" for i in range(20))
+    np.savez(tmp_path / "bytes.npz", images=images, labels=labels % 2, class_names=np.array([b"cat", b"dog"]),
+             captions=np.array(["Löwe".encode()] * 20))
+    own = data.load(str(tmp_path / "bytes.npz"))
+    assert own.class_names == ["cat", "dog"] and set(own.train_captions) == {"Löwe"}
 
 
-IMAGES, LABELS = np.zeros((20, 8, 8, 3), np.uint8), np.zeros(20, np.int64)
+def test_zero_shot_task(shapes, pictures, tmp_path):
+    names, templates, parts = data.zero_shot_task(shapes)
+    assert len(names) == len(set(names)) == 80 and len(templates) == 41 and templates[0] == "one {}"
+    assert all(template.count("{}") == 1 for template in templates) and list(parts) == ["seen", "unseen"]
+    for part, captions, n in (("seen", shapes.test_captions, 2000), ("unseen", shapes.unseen_captions, 1000)):
+        images, targets = parts[part]
+        assert len(images) == len(targets) == n
+        prompts = {template.format(names[k]) for template in templates for k in targets[:1]}
+        assert captions[0] in prompts  # a caption is one of its name's prompts
+        assert all(names[k] in caption for k, caption in zip(targets, captions))
+    (tmp_path / "shapes.npz").write_bytes(pictures.read_bytes())
+    own = data.load(str(tmp_path / "shapes.npz"))  # of the same name, but not the built-in data set
+    names, templates, parts = data.zero_shot_task(own)
+    assert own.name == "shapes" and names == ["0", "1", "2"] and templates == data.CIFAR_TEMPLATES
+    assert list(parts) == ["seen"] and (parts["seen"][1] == own.test_labels).all()
+
+
+IMAGES = np.zeros((20, 8, 8, 3), np.uint8)
+LABELS = np.zeros(20, np.int64)
 
 
 @pytest.mark.parametrize("arrays", [
@@ -277,6 +313,10 @@ IMAGES, LABELS = np.zeros((20, 8, 8, 3), np.uint8), np.zeros(20, np.int64)
     dict(images=np.array([{}, []], dtype=object), labels=LABELS), dict(images=np.uint8(3), labels=LABELS),
     dict(images=IMAGES[:, :0, :0], labels=LABELS), dict(images=IMAGES, labels=LABELS, captions="one"),
     dict(images=IMAGES, labels=LABELS + 1, class_names="one"),
+    dict(images=IMAGES, labels=LABELS, captions=[["five"] * 5] * 20),
+    dict(images=IMAGES, labels=LABELS, captions=np.arange(20)),
+    dict(images=IMAGES, labels=LABELS, captions=np.array([b"\xff"] * 20)),
+    dict(images=IMAGES, labels=LABELS, class_names=[["a", "b"]]),
 ])
 def test_bad_npz(tmp_path, arrays):
     np.savez(tmp_path / "bad.npz", **arrays)
@@ -320,44 +360,64 @@ def test_augment_shifts_and_mirrors():
     for flipped in (image, image.flip(2)):
         padded = torch.nn.functional.pad(flipped.float(), (2, 2, 2, 2), mode="reflect").byte()
         possible |= {padded[:, y:y + 8, x:x + 8].numpy().tobytes() for y in range(5) for x in range(5)}
-    drawn = {picture.numpy().tobytes() for picture in out}
+    drawn = {image.numpy().tobytes() for image in out}
     assert drawn == possible and len(possible) == 50
     assert (data.augment(image.expand(400, 3, 8, 8), pad=0, flip=False) == image).all()
 
 
-def test_mix_keeps_the_shares():
-    """Pictures of one value each: a mixed picture's mean tells the shares, and the target must agree."""
+def test_mixing_keeps_the_shares():
+    """Images of one value each: the mean of a mixed image tells the shares, and the target must agree."""
     torch.manual_seed(0)
-    values, erased = torch.arange(4.0), 0
-    images, targets = values[:, None, None, None].expand(4, 3, 16, 16), torch.eye(4)
+    values = torch.arange(4.0)
+    images = values[:, None, None, None].expand(4, 3, 16, 16)
+    blended = 0
     for _ in range(100):
-        mixed, shares = data.mix(images.clone(), targets)
+        mixed, shares = data.mixup_or_cutmix(images, torch.eye(4))
         assert torch.allclose(shares.sum(1), torch.ones(4))
-        for picture, share in zip(mixed, shares):
-            if (picture[0] == picture[1]).all():  # erasing paints a colour
-                assert picture.mean().item() == pytest.approx((share * values).sum().item(), abs=1e-4)
-            else:
+        assert torch.allclose(mixed.mean((1, 2, 3)), shares @ values, atol=1e-4)
+        blended += (mixed[0] == mixed[0, 0, 0, 0]).all().item()
+    assert 30 < blended < 70  # half by mixup, which leaves each image of one value
+    assert (images == values[:, None, None, None]).all()
+
+
+def test_erasing_paints_a_square():
+    torch.manual_seed(0)
+    images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 16, 16)
+    erased = 0
+    for _ in range(100):
+        for before, after in zip(images, data.random_erasing(images)):
+            changed = (before != after).any(0)  # (16, 16)
+            if changed.any():
                 erased += 1
-                assert (picture[0] != picture[1]).sum() == 16
+                assert changed.sum() == 16 and changed.any(0).sum() == 4
+                assert (after[:, changed] == after[:, changed][:, :1]).all()  # one color
     assert 60 < erased < 140  # a quarter of 400
 
 
 def test_probe_scores_uses_each_feature(pictures):
     own = data.load(str(pictures))
     amp = torch.autocast("cpu", enabled=False)
-    brightness = lambda x: x.mean((1, 2, 3))[:, None]
-    noise = lambda x: torch.randn(len(x), 4, generator=torch.Generator().manual_seed(len(x)))
+
+    def brightness(x):
+        return x.mean((1, 2, 3))[:, None]
+
+    def noise(x):
+        return torch.randn(len(x), 4, generator=torch.Generator().manual_seed(len(x)))
+
     scores = data.probe_scores(own, brightness, noise, amp)
     assert list(scores) == ["probe", "probe_1_percent", "knn", "probe_random", "probe_pixels"]
     assert scores["probe"] == 1 and scores["probe_random"] < 0.8 and scores["probe_pixels"] == 1
 
 
 def test_features_must_be_finite(pictures):
-    own, amp = data.load(str(pictures)), torch.autocast("cpu", enabled=False)
+    own = data.load(str(pictures))
     for bad in (math.nan, math.inf):
-        features = lambda x: x.flatten(1) + bad * (x.mean((1, 2, 3)) > 1)[:, None]
+
+        def features(x):
+            return x.flatten(1) + bad * (x.mean((1, 2, 3)) > 1)[:, None]
+
         with pytest.raises(data.UserError, match="not finite: it diverged"):
-            data.extract(features, own, own.train_images, amp)
+            data.extract(features, own, own.train_images, torch.autocast("cpu", enabled=False))
 
 
 def test_linear_probe_is_logistic_regression():
@@ -376,6 +436,35 @@ def test_linear_probe_is_logistic_regression():
     assert data.linear_probe(ring[:500], inside[:500], ring[500:], inside[500:]) < 0.65
 
 
+def test_linear_probe_has_the_right_optimum():
+    """At the minimum of the docstring's formula, its gradient vanishes: dL/dW = (p - onehot)^T x / n + l2 W."""
+    torch.manual_seed(0)
+    x = torch.randn(200, 5)
+    y = torch.randint(3, (200,))
+    weight, bias = data.fit(x, y, torch.zeros(3, 5), torch.zeros(3), l2=0.01, iterations=100)
+    error = (x @ weight.T + bias).softmax(1) - torch.eye(3)[y]
+    assert (error.T @ x / 200 + 0.01 * weight).abs().max() < 1e-3 and error.mean(0).abs().max() < 1e-3
+    train_x, test_x = data.standardize(3 * x + 7, x)
+    assert train_x.mean(0).abs().max() < 1e-5 and (train_x.std(0) - 1).abs().max() < 1e-5
+    assert torch.allclose(test_x, (x - (3 * x + 7).mean(0)) / (3 * x).std(0), atol=1e-4)
+    assert data.accuracy(torch.eye(3), torch.tensor([0, 1, 1]), torch.eye(3), torch.zeros(3)) == pytest.approx(2 / 3)
+
+
+def test_frechet_is_the_distance_of_two_gaussians():
+    torch.manual_seed(0)
+    x = torch.randn(500, 3) @ torch.randn(3, 3)
+    assert abs(data.frechet(x, x)) < 1e-9
+    assert data.frechet(x, x + 2) == pytest.approx(12, rel=1e-5)  # only the means differ, by 2 in each of 3
+    m = x.mean(0)  # the same mean, thrice the std: trace(S) * (1 + 9 - 2 * 3)
+    assert data.frechet(x, m + 3 * (x - m)) == pytest.approx(4 * x.T.cov().trace().item(), rel=1e-4)
+    y = torch.randn(400, 3) + 1
+    S_x = x.T.cov().double()
+    S_y = y.T.cov().double()
+    cross = torch.linalg.eigvals(S_x @ S_y).real.sqrt().sum()  # the same eigenvalues as under the root
+    expected = (m - y.mean(0)).square().sum() + S_x.trace() + S_y.trace() - 2 * cross
+    assert data.frechet(x, y) == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_knn_votes():
     x = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]])
     y = torch.tensor([0, 0, 1, 1])
@@ -387,8 +476,8 @@ def test_knn_votes():
 def test_small_cnn_learns_and_is_cached(pictures, tmp_path, monkeypatch):
     own = data.load(str(pictures), tmp_path)
     cnn = data.train_cnn(own, steps=60, batch_size=32)
-    assert (cnn(own.normalise(own.test_images)).argmax(1) == own.test_labels).all()
-    assert cnn.features(own.normalise(own.test_images)).shape == (12, 128) and not cnn.training
+    assert (cnn(own.normalize(own.test_images)).argmax(1) == own.test_labels).all()
+    assert cnn.features(own.normalize(own.test_images)).shape == (12, 128) and not cnn.training
     monkeypatch.setattr(data, "augment", None)  # a second training would fail
     with pytest.raises(TypeError):
         own.train_labels = own.train_labels.flip(0)
@@ -402,6 +491,14 @@ def test_small_cnn_learns_and_is_cached(pictures, tmp_path, monkeypatch):
         data.train_cnn(own, steps=60, batch_size=32)
 
 
+def test_a_read_only_data_folder_does_not_end_a_run(pictures, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    own = data.load(str(pictures), tmp_path / "file" / "datasets")  # nothing can be written under a file
+    assert not data.train_cnn(own, steps=1).training
+    line, = capsys.readouterr().out.splitlines()
+    assert line.startswith("the small CNN is not kept for the next run: cannot write")
+
+
 # ----------------------------------------------------------------------- checkpoints, log, pictures
 
 
@@ -410,10 +507,14 @@ def test_checkpoint_round_trip(tmp_path):
     data.save_checkpoint(path, script="mae")
     data.save_checkpoint(path, script="vit", model={"w": torch.ones(2)}, args={"lr": 0.1})
     content = data.load_checkpoint(path, "vit")
-    assert (content["model"]["w"] == 1).all() and content["args"] == {"lr": 0.1}
+    assert (content["model"]["w"] == 1).all() and content["args"] == {"lr": 0.1} and content["version"] == 2
     assert [p.name for p in path.parent.iterdir()] == ["c.pt"]
     with pytest.raises(data.UserError, match="written by vit, not by mae.py"):
         data.load_checkpoint(path, "mae")
+    for old in (dict(script="vit", model={}), dict(script="vit", version=1)):
+        torch.save(old, path)
+        with pytest.raises(data.UserError, match="earlier version of this repository; train it again"):
+            data.load_checkpoint(path)
 
 
 def test_a_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
@@ -438,7 +539,8 @@ class Bomb:
 
 
 def test_bad_checkpoints(tmp_path):
-    good, bad = tmp_path / "good.pt", tmp_path / "bad.pt"
+    good = tmp_path / "good.pt"
+    bad = tmp_path / "bad.pt"
     torch.save({"model": {"w": torch.randn(100)}, "step": 3}, good)
     whole = good.read_bytes()
     cut = [whole[:n] for n in (0, 1, 4, 50, len(whole) // 2, len(whole) - 1)]
@@ -457,7 +559,7 @@ def test_bad_checkpoints(tmp_path):
             data.load_checkpoint(path)
     weight = whole.index(torch.load(good)["model"]["w"].numpy().tobytes()) + 50
     record = whole.rindex(b"PK\1\2", 0, whole.rindex(b"/data/0"))  # of the weight, in the zip's directory
-    for i, bit in ((weight, 1), (record + 38, 16)):  # what torch.load does not notice: a number, a file marked as a folder
+    for i, bit in ((weight, 1), (record + 38, 16)):  # torch.load is blind to both: a number, a file marked as a folder
         bad.write_bytes(whole[:i] + bytes([whole[i] ^ bit]) + whole[i + 1:])
         with pytest.raises(data.UserError, match="bad.pt: not a whole PyTorch file"):
             data.load_checkpoint(bad)
@@ -467,33 +569,89 @@ def test_log_drops_what_is_repeated(tmp_path):
     path = tmp_path / "log.csv"
     for step in range(5):
         data.log(path, step, loss=torch.tensor(step / 3), lr=0.1)
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf8").splitlines()
     assert lines[0] == "step,loss,lr" and float(lines[2].split(",")[1]) == pytest.approx(1 / 3, abs=1e-8)
     data.log(path, 3, loss=9, lr=0.1)
-    assert path.read_text().splitlines() == lines[:4] + ["3,9,0.1"]
+    assert path.read_text(encoding="utf8").splitlines() == lines[:4] + ["3,9,0.1"]
     read = data.read_log(path)
     assert list(read) == ["step", "loss", "lr"] and read["step"] == (0, 1, 2, 3) and read["loss"][3] == 9
     for damage in ("", "step,loss\n", "step,loss\n1\n", "step,loss\n1,2\n3\n", "step,loss\n1,two\n"):
-        (tmp_path / "bad.csv").write_text(damage)
+        (tmp_path / "bad.csv").write_text(damage, encoding="utf8")
         with pytest.raises(ValueError):
             data.read_log(tmp_path / "bad.csv")
-    path.write_text("")
+    path.write_text("", encoding="utf8")
     data.log(path, 0, loss=1, lr=0.1)
-    assert path.read_text() == "step,loss,lr\n0,1,0.1\n"
+    assert path.read_text(encoding="utf8") == "step,loss,lr\n0,1,0.1\n"
+
+
+def test_log_that_cannot_be_replaced(tmp_path, monkeypatch, capsys):
+    """As on Windows while a spreadsheet shows it: the run waits for a second, says so once, and goes on."""
+    path = tmp_path / "log.csv"
+    data.log(path, 0, loss=1)
+    attempts = []
+
+    def locked(part, target):
+        attempts.append(target)
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(data.os, "replace", locked)
+    monkeypatch.setattr(data.time, "sleep", attempts.append)
+    data.log(path, 10, loss=2)
+    data.log(path, 20, loss=3)
+    line, = capsys.readouterr().out.splitlines()
+    assert "log.csv cannot be written" in line and attempts.count(path) == 6
+    assert 0.5 < sum(wait for wait in attempts if wait != path) < 2
+    with pytest.raises(data.UserError, match="cannot write"):  # there is none yet: the folder is read-only
+        data.log(tmp_path / "other.csv", 0, loss=1)
+    monkeypatch.undo()
+    data.log(path, 30, loss=4)
+    assert data.read_log(path) == {"step": (0, 30), "loss": (1, 4)}
+    assert [file.name for file in tmp_path.iterdir()] == ["log.csv"]
+
+
+def test_compare_logs(tmp_path):
+    for name, values in (("one", (2, 1, 4)), ("two", (10, 5, 20))):
+        for step, value in enumerate(values):
+            data.log(tmp_path / name / "log.csv", step, loss=value, feature_std=1)
+    folders = [tmp_path / "one", str(tmp_path / "two")]
+
+    def legend_and_curves(folders, columns, **more):
+        chart = tmp_path / "c.svg"
+        data.compare_logs(chart, folders, columns, x="step", xlabel="step", ylabel="loss", **more)
+        root = xml.etree.ElementTree.parse(chart).getroot()
+        words = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
+        curves = [e.get("points") for e in root.iter("{http://www.w3.org/2000/svg}polyline")]
+        return words[-len(curves):], curves
+
+    words, curves = legend_and_curves(folders, ["loss"])
+    assert words == ["one", "two"] and curves[0] != curves[1]
+    words, curves = legend_and_curves(folders, ["loss"], relative=True)
+    assert curves[0] == curves[1] == "70.0,216.7 290.0,310.0 510.0,30.0"  # 1, 1/2, 2
+    words, curves = legend_and_curves(folders, ["loss", "feature_std"])
+    assert words == ["one: loss", "one: feature std", "two: loss", "two: feature std"]
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "one").rename(tmp_path / "deep" / "two")
+    words, _ = legend_and_curves([tmp_path / "deep" / "two", tmp_path / "two"], ["loss"])
+    assert words == [str(tmp_path / "deep" / "two"), str(tmp_path / "two")]  # one name twice: the whole paths
+    for folder, columns in ((tmp_path / "none", ["loss"]), (tmp_path / "two", ["height"])):
+        with pytest.raises(data.UserError, match=f"{folder.name}: holds no whole log.csv") as error:
+            legend_and_curves([folder], columns)
+        assert "\n" not in str(error.value)
 
 
 def read_png(path):
     """A decoder for what save_png writes, with every checksum verified."""
     raw = path.read_bytes()
     assert raw[:8] == b"\x89PNG\r\n\x1a\n"
-    at, chunks = 8, {}
+    at = 8
+    chunks = {}
     while at < len(raw):
         n, kind = struct.unpack(">I4s", raw[at:at + 8])
         chunks[kind] = raw[at + 8:at + 8 + n]
         assert zlib.crc32(kind + chunks[kind]) == struct.unpack(">I", raw[at + 8 + n:at + 12 + n])[0]
         at += 12 + n
-    W, H, depth, colour, *rest = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
-    assert (depth, colour, rest) == (8, 2, [0, 0, 0]) and list(chunks)[-1] == b"IEND"
+    W, H, depth, color, *rest = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
+    assert (depth, color, rest) == (8, 2, [0, 0, 0]) and list(chunks)[-1] == b"IEND"
     lines = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(H, 1 + 3 * W)
     assert (lines[:, 0] == 0).all()
     return torch.from_numpy(lines[:, 1:].reshape(H, W, 3).copy()).permute(2, 0, 1)
@@ -540,36 +698,161 @@ def test_number():
             data.number(kind, 1)(text)
 
 
+SIZES = {"tiny": dict(image_size=None, patch_size=4, dim=64, depth=2, heads=4)}
+
+
+def parse(argv):
+    parser = data.Parser("A model.")
+    data.common_options(parser, "vit", SIZES, steps=5, batch_size=64, lr=1e-3)
+    return data.parse(parser, "vit", SIZES, argv)
+
+
+def test_help_says_every_option_in_a_sentence(capsys):
+    parser = data.Parser("A model.")
+    data.common_options(parser, "vit", SIZES, steps=5, batch_size=64, lr=1e-3)
+    for action in parser._actions[1:]:  # the first is --help
+        sentence = action.help.split(" (default")[0]
+        assert sentence[0].isupper() and sentence[-1] == "." and len(sentence.split()) > 4
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "their order. (default: 0)" in words and "None" not in words and "False" not in words
+
+
+def test_sizes_and_stored_options(tmp_path, pictures):
+    args = parse(["--dim", "128", "--out", str(tmp_path), "--data", str(pictures)])
+    assert (args.dim, args.depth, args.patch_size, args.resume) == (128, 2, 4, False)
+    own = data.open_data(args, torch.device("cpu"))
+    assert args.class_names == own.class_names == ["0", "1", "2"] and args.image_size == 16
+    assert args.mean == own.mean.tolist() and args.std == own.std.tolist()
+    data.save_checkpoint(tmp_path / "checkpoint.pt", script="vit", args=vars(args))
+    stored = data.load_checkpoint(tmp_path / "checkpoint.pt")["args"]
+    assert stored["class_names"] == own.class_names and stored["std"] == args.std
+    again = parse(["--out", str(tmp_path), "--resume", "--steps", "7"])
+    assert (again.dim, again.data, again.steps, again.resume) == (128, str(pictures), 7, True)
+    assert not hasattr(again, "class_names") and not hasattr(again, "mean")  # they are no options
+    loaded = parse(["--load", str(tmp_path / "checkpoint.pt")])
+    assert (loaded.dim, loaded.data) == (64, str(pictures)) and not hasattr(loaded, "class_names")
+    for words in (["--dim", "30"], ["--heads", "3"], ["--out", ""], ["--size", "huge"], ["--steps", "0"]):
+        with pytest.raises(data.UserError):
+            parse(words)
+
+
+def test_a_notebook_has_arguments_of_its_own(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel-1.json"])
+    with pytest.raises(data.UserError):
+        parse(None)
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    assert parse(None).steps == 5
+    monkeypatch.setattr(sys, "argv", ["vit.py", "--steps", "3"])  # by %run
+    assert parse(None).steps == 3
+
+
+def test_autocast_says_what_it_chose_at_each_run(capsys):
+    x = torch.ones(2, 2)
+    for precision, dtype in (("bf16", torch.bfloat16), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        with data.autocast("cpu", precision):
+            assert (x @ x).dtype == dtype
+    data.autocast(torch.device("cpu"))
+    *lines, auto = capsys.readouterr().out.splitlines()
+    assert lines == ["precision: bfloat16 (--precision bf16)"] * 2 + ["precision: float32 (--precision fp32)"]
+    assert re.fullmatch(r"precision: (bfloat16 .this cpu has|float32 .this cpu has no known) bfloat16 units.", auto)
+
+
+def progress(steps=3, save_seconds=100.0, start=0, scores={}):
+    return data.Progress(argparse.Namespace(steps=steps, save_seconds=save_seconds), start, scores)
+
+
 def test_batch_loss_must_be_finite():
-    steps = data.Steps(type("Args", (), dict(steps=3, save_seconds=100)))
     for bad in (math.nan, math.inf):
+        steps = progress()
         with pytest.raises(data.UserError, match=f"the loss is {bad}, .* at step 1"):
             for step in steps:
                 steps.check(step, torch.tensor([1.0, bad, 1.0][step]), torch.ones(()))
+        steps = progress()
         with pytest.raises(data.UserError, match=f"its gradient {bad} at step 2"):
             for step in steps:
                 steps.check(step, torch.ones(()), torch.tensor([1.0, 1.0, bad][step]))
 
 
+def test_progress_keeps_the_scores_and_knows_when_to_save():
+    steps = progress(steps=5, start=2, scores={"seconds": 100})
+    due = []
+    for step in steps:
+        steps.check(step, torch.tensor(step / 2), torch.ones(()))
+        due.append((step, steps.due(step)))
+    assert due == [(2, False), (3, False), (4, True)]
+    scores = steps.scores(images_seen=320)
+    assert scores["loss"] == 2 and scores["images_seen"] == 320 and 100 <= scores["seconds"] < 110
+    steps = progress(save_seconds=0.0)
+    assert all(steps.due(step) for step in steps)
+
+
+def test_ctrl_c_ends_after_a_saved_step():
+    before = signal.getsignal(signal.SIGINT)
+    steps = progress()
+    saved = []
+    with pytest.raises(KeyboardInterrupt):
+        for step in steps:
+            if step == 1:
+                signal.raise_signal(signal.SIGINT)
+            if steps.due(step):
+                saved.append(step)
+    assert saved == [1] and signal.getsignal(signal.SIGINT) is before
+
+
+def test_progress_in_a_thread():
+    """As in some notebooks: there Python refuses a handler of Ctrl-C."""
+    seen = []
+    thread = threading.Thread(target=lambda: seen.extend(progress()))
+    thread.start()
+    thread.join()
+    assert seen == [0, 1, 2]
+
+
 def test_the_sheet(script, tmp_path, pictures):
     done = script("data.py", "--out", tmp_path)
-    assert done.returncode == 0 and "20000 training, 2000 test pictures, 1000 of unseen pairs" in done.stdout
-    sheet, shapes = read_png(tmp_path / "sheet.png"), data.load("shapes")
+    assert done.returncode == 0 and "20000 training images, 2000 test images, 1000 images of unseen" in done.stdout
+    sheet = read_png(tmp_path / "sheet.png")
+    shapes = data.load("shapes")
     assert (sheet[:, 2:98:3, 100:196:3] == shapes.train_images[1]).all()
     assert f"row 1, column 2: {shapes.train_captions[1]}\n" in done.stdout
     assert script("data.py", "--out", tmp_path, "--data", pictures).returncode == 0
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_console_that_cannot_print_a_letter(script, tmp_path, encoding):
+    np.savez(tmp_path / "own.npz", images=IMAGES, labels=LABELS, class_names=["кошка"])
+    done = script("data.py", "--out", tmp_path, "--data", tmp_path / "own.npz",
+                  env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert done.returncode == 0 and "1 classes: ?????" in done.stdout
+    done = script("data.py", "--data", "кошка.npz", env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ?????.npz")
+
+
+class InvalidCxxCompiler(RuntimeError):
+    """As PyTorch's own, whose module takes seconds to import."""
+
+
+InvalidCxxCompiler.__module__ = "torch._inductor.exc"
+
+
+class BackendCompilerFailed(RuntimeError):
+    pass
+
+
 @pytest.mark.parametrize("error, status, words", [
     (data.UserError("no such thing"), 2, "error: no such thing"), (KeyboardInterrupt(), 130, "interrupted"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "error: out of memory"),
+    (InvalidCxxCompiler("No working C++ compiler found"), 2, "error: torch.compile found no working C++ compiler"),
+    (BackendCompilerFailed("#include <memory>\nerror"), 2, "error: torch.compile found no working C++ compiler"),
 ])
 def test_run_turns_errors_into_one_line(capsys, error, status, words):
     def train(args):
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        data.run(train, lambda: None)
+        data.run(train, list)
     message = capsys.readouterr().err
     assert stop.value.code == status and message.startswith(words) and message.count("\n") == 1
 
@@ -578,3 +861,25 @@ def test_run_turns_errors_into_one_line(capsys, error, status, words):
 def test_mistakes_end_in_one_line(script, words):
     done = script("data.py", *words)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_other_errors_keep_their_traceback():
+    def train(args):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="do not match"):
+        data.run(train, list)
+
+
+# ------------------------------------------------------------------------------------- position tables
+
+
+def test_resize_table():
+    table = torch.randn(1, 1 + 16, 12)
+    assert data.resize_table(table, 4, extra=1) is table
+    bigger = data.resize_table(table, 8, extra=1)
+    assert bigger.shape == (1, 65, 12) and (bigger[:, 0] == table[:, 0]).all()
+    assert data.resize_table(table, 3, 5, extra=1).shape == (1, 1 + 15, 12)  # rows and columns
+    ramp = torch.arange(4.0).repeat(4)[None, :, None]  # the column number
+    wide = data.resize_table(ramp, 8, antialias=False).reshape(8, 8)
+    assert (wide == wide[0]).all() and (wide.diff(dim=1) > 0).all() and abs(wide.mean() - 1.5) < 1e-5

@@ -1,41 +1,333 @@
-"""What the repository promises of itself: budgets, imports, and that its README tells the truth."""
+"""What the repository promises of itself: how the code reads, what a copy needs, and that its README tells the truth."""
 
 import ast
+import functools
+import importlib
 import re
 import sys
+import types
 
 import pytest
 from conftest import ROOT
 
-MODELS = [name for name in ("igpt", "vit", "clip", "mae", "jepa", "repa") if (ROOT / f"{name}.py").exists()]
-LINES = dict(vit=350, mae=350, igpt=400, jepa=491, clip=762, repa=550, common=220, data=789)
-README = (ROOT / "README.md").read_text()
+import data
+
+MODELS = ["igpt", "vit", "clip", "mae", "jepa", "repa"]
+# A tripwire, not a target: 25 % above the length of the day on which each number was set.
+LINES = dict(igpt=630, vit=570, clip=1240, mae=455, jepa=680, repa=895, common=280)
+README = (ROOT / "README.md").read_text(encoding="utf8")
+FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")])
+
+
+@functools.cache
+def source(name):
+    return (ROOT / f"{name}.py").read_text(encoding="utf8")
+
+
+@functools.cache
+def tree(name):
+    return ast.parse(source(name))
+
+
+# --------------------------------------------------------------------------------- how the code reads
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_length(name):
+    assert len(source(name).splitlines()) <= LINES[name]
 
 
 @pytest.mark.parametrize("name", [*MODELS, "common", "data"])
-def test_line_budget(name):
-    lines = (ROOT / f"{name}.py").read_text().splitlines()
-    assert len(lines) <= LINES[name] and max(map(len, lines)) <= 100
+def test_no_line_is_over_100_columns(name):
+    assert [line for line in source(name).splitlines() if len(line) > 100] == []
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_training_loop_fits_a_screen(name):
-    tree = ast.parse((ROOT / f"{name}.py").read_text())
-    train, = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train")
-    assert train.end_lineno - train.lineno < 70
+def test_the_model_comes_first_and_train_fits_a_screen(name):
+    first = min(node.lineno for node in tree(name).body if isinstance(node, ast.ClassDef))
+    assert first <= 45
+    train = definitions(name)[0]["train"]
+    assert train.end_lineno - train.lineno < 80
+    docstring = ast.get_docstring(tree(name), clean=False)
+    assert len(docstring.splitlines()) <= 25
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parts_stand_in_one_order(name):
+    banners = re.findall(r"^# -{20,} (.*)$", source(name), re.M)
+    assert banners[0] == "the model" and banners[-1] == "training", banners
+
+
+def dense_forms(path):
+    """The forms that save a line and cost a second reading, each as "file:line what"."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+        found = None
+        if isinstance(node, ast.Expr) and isinstance(node.value, (ast.Tuple, ast.IfExp)):
+            found = "a tuple or a ternary as a statement"
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.BoolOp):
+            found = "`x and f(x)` for an if"
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, ast.Lambda):
+            found = "a lambda bound to a name"
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
+            if isinstance(node.value, ast.GeneratorExp):
+                found = "names unpacked from a generator"
+            elif isinstance(node.value, ast.Tuple):
+                found = "several assignments in one"
+        elif isinstance(node, ast.BinOp) and any(isinstance(side, ast.Compare) for side in (node.left, node.right)):
+            found = None if isinstance(node.op, (ast.BitAnd, ast.BitOr, ast.BitXor)) else "arithmetic with booleans"
+        if found:
+            yield f"{path.name}:{node.lineno} {found}"
+
+
+def walrus(path):
+    """Walruses that stand elsewhere than in the test of a plain `while` or `if`."""
+    parsed = ast.parse(path.read_text(encoding="utf8"))
+    allowed = set()
+    for node in ast.walk(parsed):
+        if isinstance(node, (ast.While, ast.If)):
+            allowed |= {id(inner) for inner in ast.walk(node.test) if isinstance(inner, ast.NamedExpr)}
+    for node in ast.walk(parsed):
+        if isinstance(node, ast.NamedExpr) and id(node) not in allowed:
+            yield f"{path.name}:{node.lineno} a walrus"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_one_statement_is_one_step(path):
+    assert [*dense_forms(path), *walrus(path)] == []
+
+
+def own_names():
+    """The classes and functions of the repository."""
+    names = set()
+    for name in [*MODELS, "common", "data"]:
+        names |= {node.name for node in tree(name).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    return names
+
+
+@pytest.mark.parametrize("name", [*MODELS, "common", "data"])
+def test_more_than_four_arguments_are_given_by_name(name):
+    names = own_names()
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+            if called in names and len(node.args) + len(node.keywords) > 4:
+                arguments = [arg for arg in node.args if not isinstance(arg, ast.Starred)]
+                assert len(arguments) <= 4, f"{name}.py:{node.lineno} {called} has {len(arguments)} arguments without a name"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_are_initialized_by_type(name):
+    """Nobody can tell which number a matrix gets where this depends on the end of its name."""
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.FunctionDef) and node.name == "init_weights":
+            text = ast.unparse(node)
+            assert not re.search(r"endswith|startswith|named_parameters|std=0\)", text), name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_from_pretrained_is_short_and_last(name):
+    for node in tree(name).body:
+        if isinstance(node, ast.ClassDef):
+            methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+            for i, method in enumerate(methods):
+                if method.name == "from_pretrained":
+                    first = method.body[1]  # after the docstring
+                    assert i == len(methods) - 1 and method.end_lineno - first.lineno < 10, f"{name}.{node.name}"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_option_is_explained_by_a_sentence(name, monkeypatch):
+    helps = {}
+    add = data.Parser.add
+
+    def record(parser, option, default, help, **more):
+        helps[option] = help
+        add(parser, option, default, help, **more)
+
+    monkeypatch.setattr(data.Parser, "add", record)
+    args = importlib.import_module(name).parse_args([])
+    assert {option[2:].replace("-", "_") for option in helps} <= set(vars(args))
+    for option, help in helps.items():
+        assert re.fullmatch(r"[A-Z\"].*\.", help, re.S) and len(help.split()) >= 4, f"{option}: {help}"
+
+
+def test_american_spelling():
+    british = re.compile(r"colour|centre|(?<!de)normalis|grey|initialis|neighbour|labelled|licence|behaviour", re.I)
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), ROOT / "README.md"]:
+        if path.name != "test_repository.py":
+            found = british.findall(path.read_text(encoding="utf8"))
+            assert found == [], path.name
+
+
+# ----------------------------------------------------------------------------------- what a copy needs
+
+
+@functools.cache
+def definitions(name):
+    """{name: node} of what a file defines at its top level, and {name: "common"} of what it imports from there."""
+    found = {}
+    for node in tree(name).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found[node.name] = node
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found[node.targets[0].id] = node
+    imported = {}
+    for node in tree(name).body:
+        if isinstance(node, ast.ImportFrom) and node.module in ("common", "data"):
+            imported |= {alias.name: node.module for alias in node.names}
+    return found, imported
+
+
+def used(node):
+    """The nodes of a definition that count: not what stands in a `raise`, from_pretrained or from_file."""
+    if isinstance(node, ast.Raise) or getattr(node, "name", None) in ("from_pretrained", "from_file"):
+        return
+    yield node
+    for child in ast.iter_child_nodes(node):
+        yield from used(child)
+
+
+@functools.cache
+def needs(name, piece):
+    """All (file, name) that a definition needs from this repository, those of its parts included."""
+    found, imported = definitions(name)
+    nodes = list(used(found[piece]))
+    local = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    local |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    direct = set()
+    for node in nodes:
+        if isinstance(node, ast.Name) and node.id not in local and node.id != piece:
+            if node.id in found:
+                direct.add((name, node.id))
+            elif node.id in imported:
+                direct.add((imported[node.id], node.id))
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "data":
+            if "data" not in local and name != "data":
+                direct.add(("data", node.attr))
+    every = set(direct)
+    for file, part in direct:
+        every |= needs(file, part)
+    return frozenset(every - {(name, piece)})
+
+
+def copy_line(node):
+    """What the last line of a docstring names after "Copy with:"; None if there is no such line."""
+    text = ast.get_docstring(node) if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else None
+    match = re.search(r"Copy with:\s+(.*)\.\s*$", text or "", re.S)
+    return {part.strip() for part in match[1].split(",")} if match else None
+
+
+@pytest.mark.parametrize("name", [*MODELS, "common", "data"])
+def test_copy_with_names_all_that_a_copy_needs(name):
+    for piece, node in definitions(name)[0].items():
+        expected = {part if file != "data" or name == "data" else f"data.{part}" for file, part in needs(name, piece)}
+        named = copy_line(node)
+        if named is not None:
+            assert named == expected, f"{name}.{piece}"
+        elif isinstance(node, ast.ClassDef) and name != "data":
+            assert expected == set(), f"{name}.{piece} needs a line: Copy with: {', '.join(sorted(expected))}."
+
+
+PIECES = {  # what students copy, and one use of it
+    "common.Attention": "assert Attention(8, 2)(torch.ones(2, 3, 8)).shape == (2, 3, 8)",
+    "common.MLP": "assert MLP(8, 16)(torch.ones(2, 8)).shape == (2, 8)",
+    "common.Block": "assert Block(8, 2, cross=True)(torch.ones(2, 3, 8), torch.ones(2, 5, 8)).shape == (2, 3, 8)",
+    "common.PatchEmbed": "assert PatchEmbed(8, 2)(torch.ones(1, 4, 12)).shape == (1, 4, 8)",
+    "common.patchify": "assert patchify(torch.ones(1, 3, 4, 4), 2).shape == (1, 4, 12)",
+    "common.unpatchify": "assert unpatchify(torch.ones(1, 4, 12), 2).shape == (1, 3, 4, 4)",
+    "common.sincos_2d": "assert sincos_2d(8, 3).shape == (9, 8)",
+    "vit.ViT": "assert ViT()(torch.ones(2, 3, 32, 32)).shape == (2, 10)",
+    "vit.attention_distance": "assert attention_distance(torch.ones(1, 1, 2, 5, 5) / 5, 4).shape == (1, 2)",
+    "vit.rollout": "assert rollout(torch.ones(2, 1, 2, 5, 5) / 5).shape == (1, 1, 2, 2)",
+    "mae.MAE": "loss, pred, mask = MAE()(torch.randn(2, 3, 32, 32)); loss.backward(); assert pred.shape == (2, 64, 48)",
+    "jepa.Encoder": "assert Encoder()(torch.ones(1, 3, 32, 32), torch.tensor([[0, 5]])).shape == (1, 2, 128)",
+    "jepa.Predictor": "assert Predictor()(torch.ones(1, 2, 128), torch.tensor([[0, 5]]), torch.tensor([[7]])).shape == (1, 1, 128)",
+    "jepa.IJEPA": """model = IJEPA(center=True)
+index = torch.arange(64).expand(2, -1)
+loss, pred = model.loss(torch.randn(2, 3, 32, 32), index[:, :40], index[None, :, 40:])
+loss.backward()
+model.update_target(0.9)
+assert pred.shape == (1, 2, 24, 128)""",
+    "jepa.random_masks": "assert random_masks(2, 64)[0].shape[0] == 2",
+    "jepa.multiblock_masks": "assert len(multiblock_masks(2, 8)[1]) == 4",
+    "repa.SiT": """model = SiT()
+y = torch.tensor([1, 2])
+loss, parts = model.loss(torch.randn(2, 3, 16, 16), y, torch.randn(2, 64, 128))
+loss.backward()
+assert model(torch.randn(2, 3, 16, 16), torch.rand(2), y).shape == (2, 3, 16, 16)""",
+    "repa.sample": """class Model:
+    null = 5
+    def __call__(self, x, t, y):
+        return x
+y = torch.tensor([1, 2])
+assert sample(Model(), torch.ones(2, 3, 4, 4), y, steps=3, method="heun", cfg=2.0).shape == (2, 3, 4, 4)""",
+    "repa.Teacher": "assert Teacher()(torch.ones(2, 3, 32, 32)).shape == (2, 64, 128)",
+    "clip.CLIP": """model = CLIP()
+ids = torch.tensor([[1022, 5, 1023] + 74 * [0], [1022, 6, 1023] + 74 * [0]])
+loss, logits = model.loss(torch.randn(2, 3, 32, 32), ids)
+loss.backward()
+assert logits.shape == (2, 2)""",
+    "clip.ImageTransformer": "assert ImageTransformer()(torch.ones(1, 3, 32, 32)).shape == (1, 128)",
+    "clip.TextTransformer": "assert TextTransformer()(torch.tensor([[1022, 5, 1023] + 74 * [0]])).shape == (1, 128)",
+    "clip.CBOW": "assert CBOW()(torch.tensor([[1022, 5, 1023] + 74 * [0]])).shape == (1, 128)",
+    "clip.l2_normalize": "assert abs(l2_normalize(torch.ones(2, 4), axis=1).norm() ** 2 - 2) < 1e-5",
+    "clip.Tokenizer": """tokenizer = Tokenizer.train(["a red square", "a red circle"], 520)
+assert tokenizer(["a red circle"]).shape == (1, 77)""",
+    "igpt.ImageGPT": """model = ImageGPT(image_size=4)
+loss, _ = model.loss(torch.zeros(2, 16, dtype=torch.long))
+loss.backward()
+assert model.sample(torch.zeros(2, 3, dtype=torch.long)).shape == (2, 16)""",
+    "igpt.fit_palette": "assert fit_palette(torch.randint(0, 255, (20, 3, 8, 8)).byte(), 4).shape == (4, 3)",
+    "data.linear_probe": "x = torch.eye(3).repeat(20, 1); y = x.argmax(1); assert linear_probe(x, y, x, y) == 1",
+    "data.knn": "x = torch.eye(3).repeat(20, 1); y = x.argmax(1); assert knn(x, y, x, y) == 1",
+    "data.frechet": "x = torch.randn(50, 3); assert abs(frechet(x, x)) < 1e-6",
+    "data.augment": "assert augment(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)).shape == (2, 3, 8, 8)",
+    "data.batch_index": "assert len(batch_index(10, 4, 0, 0)) == 4",
+}
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_a_copy_runs_alone(piece):
+    """The source of what the docstring names, and the imports of packages: pasted into a fresh namespace, it runs."""
+    name, piece_name = piece.split(".")
+    found, imported = definitions(name)
+    named = copy_line(found[piece_name]) or set()
+    parts = {(name, piece_name)}
+    for part in named:
+        if part.startswith("data."):
+            parts.add(("data", part.removeprefix("data.")))
+        else:
+            parts.add((name, part) if part in found else (imported.get(part, "common"), part))
+    namespace = {"__name__": "copied"}
+    for file in ("common", "data", name):
+        for node in tree(file).body:
+            if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.module not in ("common", "data")):
+                if "data" not in {alias.name for alias in node.names}:
+                    exec(ast.unparse(node), namespace)
+    for file in dict.fromkeys(["data", "common", name]):
+        for part, node in definitions(file)[0].items():
+            if (file, part) in parts:
+                exec(ast.get_source_segment(source(file), node) if not getattr(node, "decorator_list", None) else ast.unparse(node),
+                     namespace)
+        if file == "data" and name != "data":
+            namespace["data"] = types.SimpleNamespace(**{part: namespace[part] for f, part in parts if f == "data"})
+    exec(PIECES[piece], namespace)
+
+
+# ------------------------------------------------------------------------------------ what is imported
 
 
 def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.module.split(".")[0]
 
 
-@pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_imports(path):
-    """Four packages and no more; a model script never takes from another model script."""
+    """Four packages and no more; a model script never takes from another one, common and data from none."""
     allowed = set(sys.stdlib_module_names) | {"torch", "numpy", "tqdm"}
     if path.stem in MODELS:
         allowed |= {"common", "data"}
@@ -48,27 +340,25 @@ def test_imports(path):
 
 def test_nothing_happens_at_import():
     for path in ROOT.glob("*.py"):
-        for node in ast.parse(path.read_text()).body:
+        for node in ast.parse(path.read_text(encoding="utf8")).body:
             call = isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)
             loop = isinstance(node, (ast.For, ast.While, ast.With))
             guarded = isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
             assert not call and not loop and (guarded or not isinstance(node, ast.If)), f"{path.name}:{node.lineno}"
 
 
-def blocks():
-    return re.findall(r"^```\w*\n(.*?)^```", README, re.M | re.S)
+# ------------------------------------------------------------------------------------------ the README
 
 
 def commands():
     """Every `python script.py ...` line in README and in the scripts' docstrings."""
-    texts = [README] + [ast.get_docstring(ast.parse(path.read_text())) for path in ROOT.glob("*.py")]
+    texts = [README] + [ast.get_docstring(ast.parse(path.read_text(encoding="utf8"))) for path in ROOT.glob("*.py")]
     for line in "\n".join(texts).splitlines():
         for match in re.finditer(r"python ((?:tests/)?\w+\.py)((?: +[^#&|`]+)?)", line):
             yield match[1], match[2].split()
 
 
 def test_commands_name_real_scripts_and_options():
-    import importlib
     found = list(commands())
     assert len(found) >= 5
     for script, words in found:
@@ -80,6 +370,17 @@ def test_commands_name_real_scripts_and_options():
         known = vars(module.parse_args([]))
         for name in (word[2:].replace("-", "_") for word in options):
             assert {name, name.removeprefix("no_")} & set(known), (script, name)
+
+
+def test_options_in_the_readme_exist():
+    """Also those that stand without their command: `--mask-ratio` belongs to some script."""
+    known = set()
+    for name in MODELS:
+        known |= set(vars(importlib.import_module(name).parse_args([])))
+    by_hand = "".join(path.read_text(encoding="utf8") for path in ROOT.glob("tests/*.py"))
+    for option in set(re.findall(r"`[^`\n]*?--([a-z][a-z-]+)", README)):
+        key = option.replace("-", "_")
+        assert {key, key.removeprefix("no_")} & known or f'"--{option}"' in by_hand, option
 
 
 def test_files_in_the_readme_exist():
@@ -96,7 +397,7 @@ def assigned(node):
 def test_functions_in_the_readme_exist():
     """`vit.py: ViT.tokens` names a script and what stands in it."""
     for script, name in re.findall(r"`(\w+)\.py: ([\w.]+)`", README):
-        body = ast.parse((ROOT / f"{script}.py").read_text()).body
+        body = tree(script).body
         for part in name.split("."):
             node = next((n for n in body if part in (getattr(n, "name", None), assigned(n))), None)
             assert node is not None, f"{script}.py has no {name}"
@@ -106,11 +407,11 @@ def test_functions_in_the_readme_exist():
 def test_readme_is_short_and_sets_up_twice():
     assert len(README.splitlines()) < 250
     assert len(re.findall(r"pip install", README)) == 2  # one installs and runs the main job, one the tests
-    ci = (ROOT / ".ci" / "run").read_text()
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf8")
     assert "README.md" in ci  # which runs the test command from there, as written
 
 
 def test_requirements():
-    lines = (ROOT / "requirements.txt").read_text().split("\n")
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf8").split("\n")
     assert {re.match(r"\w*", line)[0] for line in lines} - {""} == {"torch", "numpy", "tqdm", "pytest"}
     assert next(line for line in lines if line.startswith("torch")) == "torch>=2.11,<=2.13.0"
