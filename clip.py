@@ -6,7 +6,7 @@ Then a sentence is a classifier: an image belongs to the class whose prompt is m
 
     logits = e^t I_e T_e^T,  loss = (cross_entropy(logits, [0..B-1]) + the same of logits^T) / 2
 
-    python clip.py                                    # data set "shapes", 3 minutes on a laptop
+    python clip.py                                    # the default data set, "shapes"
     python clip.py --text-encoder transformer         # a text encoder that knows the words' order
     python clip.py --objective bow --out out/bow      # predict which words are in the caption
     python clip.py --image-encoder resnet --out out/resnet --compare out/clip

@@ -6,7 +6,7 @@ layers find out what is in the image, and become features that a linear classifi
 
     L_gen = - mean over pixels i of log p(x_i | x_0, ..., x_{i-1})
 
-    python igpt.py                                    # data set "shapes" at 16 x 16, 3 minutes
+    python igpt.py                                    # the default data set, "shapes", at 16 x 16
     python igpt.py --objective bert --out out/bert    # predict 15 % masked pixels from the others
     python igpt.py --finetune out/igpt/checkpoint.pt --out out/tuned    # with labels: L_gen + L_clf
     python igpt.py --load pytorch_model.bin --palette kmeans_centers.npy --image-size 32

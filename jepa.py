@@ -6,7 +6,7 @@ a slow average of the first. No gradient trains it: else all outputs could becom
 
     loss = mean smooth_l1(predictor(encoder(context), positions), norm(target_encoder(image)))
 
-    python jepa.py                                    # data set "shapes", 3 minutes on a laptop
+    python jepa.py                                    # the default data set, "shapes"
     python jepa.py --no-ema --no-stop-grad --out out/collapsed    # see it collapse
     python jepa.py --masking multiblock --out out/multiblock      # the masks of the paper
     python vit.py --init out/jepa/checkpoint.pt --out out/tuned   # fine-tune the target encoder

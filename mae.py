@@ -6,7 +6,7 @@ what is in the image. It never processes a masked patch, which makes a step 2 to
 
     loss = sum over masked patches of mean over pixels (pred - target)^2 / number of masked patches
 
-    python mae.py                                   # data set "shapes", 3 minutes on a laptop
+    python mae.py                                   # the default data set, "shapes"
     python mae.py --norm-pix --out out/norm_pix     # target: each patch normalized by itself
     python vit.py --init out/mae/checkpoint.pt --out out/tuned        # fine-tune with labels
 

@@ -9,7 +9,7 @@ early block, which saw x_t, and they must point as those of a frozen teacher, wh
 
     loss = mean (v(x_t, t, class) - (noise - image))^2 - 0.5 mean cos(projector(h), teacher(image))
 
-    python repa.py                                    # data set "shapes" at 16 x 16, 3 minutes
+    python repa.py                                    # the default data set, "shapes", at 16 x 16
     python repa.py --align 0 --out out/plain          # plain SiT; its checkpoint is for --compare
     python repa.py --teacher out/jepa/checkpoint.pt   # or a vit, mae or DINOv2 file
 
@@ -56,14 +56,15 @@ class TimeEmbed(nn.Module):
         k = torch.arange(128, dtype=t.dtype, device=t.device)
         frequency = torch.exp(-math.log(10000) / 128 * k)  # 10000^(-k / 128): (128,)
         angle = t[:, None] * frequency  # (B, 128)
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
+        waves = torch.cat([angle.cos(), angle.sin()], dim=1)  # (B, 256)
+        return self.mlp(waves)
 
 
 class SiTBlock(nn.Module):
     """A pre-norm Transformer layer, x (B, N, D), that time and class c (B, D) steer: adaLN-Zero.
 
-    c decides shift and scale, in the place of LayerNorm's beta and gamma, and gates. The gates
-    start at zero: at first, each block hands on its input unchanged.
+    From c come a shift and a scale, in place of LayerNorm's beta and gamma, and a gate, a factor
+    on each branch. Gates start at zero (SiT.init_weights): at first, a block changes nothing.
     Copy with: Attention, MLP, gelu_tanh.
     """
 
@@ -79,8 +80,10 @@ class SiTBlock(nn.Module):
     def forward(self, x, c):
         c = self.adaLN_modulation(c)[:, None]  # (B, 1, 6 D)
         shift1, scale1, gate1, shift2, scale2, gate2 = c.chunk(6, dim=-1)  # each (B, 1, D)
-        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        branch = self.norm1(x) * (1 + scale1) + shift1
+        x = x + gate1 * self.attn(branch)
+        branch = self.norm2(x) * (1 + scale2) + shift2
+        return x + gate2 * self.mlp(branch)
 
 
 class FinalLayer(nn.Module):
@@ -328,7 +331,8 @@ def sample_sde(model, noise, y, steps=50, cfg=1.0, interval=(0, 1), generator=No
         x = x + dt * (v - t * score)  # w / 2 = t
         if i + 1 < steps:
             fresh = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-            x = x + math.sqrt(2 * t * -dt) * fresh  # of variance w |dt|
+            std = math.sqrt(2 * t * -dt)  # variance w |dt|
+            x = x + std * fresh
     return x.to(noise.dtype)
 
 
@@ -403,7 +407,8 @@ def teacher_tokens(teacher, dataset, images, grid, amp):
     side = grid * teacher.patch_size
     parts = []
     for x in images.split(100):  # (100, 3, H, H)
-        x = (x.float() / 255 - mean[:, None, None]) / std[:, None, None]
+        x = x.float() / 255
+        x = (x - mean[:, None, None]) / std[:, None, None]
         if x.shape[2] != side:  # 14 times the student's grid for DINOv2
             is_smaller = side < x.shape[2]
             x = F.interpolate(x, (side, side), mode="bicubic", antialias=is_smaller)

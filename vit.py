@@ -6,7 +6,7 @@ shifted object is the same object), it must learn from labeled examples, so it n
 
     loss = cross_entropy(head(class token of norm(blocks([class; patches E] + positions))), label)
 
-    python vit.py                                      # data set "shapes", 3 minutes on a laptop
+    python vit.py                                      # the default data set, "shapes"
     python vit.py --data cifar10 --steps 17000         # CIFAR-10, 20 minutes
     python vit.py --init out/mae/checkpoint.pt --out out/tuned    # fine-tune a trained encoder
     python vit.py --train-images 1000 --out out/few    # few labeled images, beside a small CNN

@@ -405,7 +405,7 @@ def test_functions_in_the_readme_exist():
 
 
 def test_readme_is_short_and_sets_up_twice():
-    assert len(README.splitlines()) < 250
+    assert len(README.splitlines()) < 300
     assert len(re.findall(r"pip install", README)) == 2  # one installs and runs the main job, one the tests
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf8")
     assert "README.md" in ci  # which runs the test command from there, as written
