@@ -18,7 +18,7 @@ the training captions name, 0.841 on other pairs. Linear probe 0.988 (untrained 
 
 Differences from the paper:
 1. Small encoders and batches, a tokenizer learned from the captions, CBOW for the text: all faster.
-   Text tokens start from N(0, 0.5), positions from N(0, 0.1), not 0.02, 0.01; the ViT as vit.py's.
+   Initial std: text tokens 0.5 (paper: 0.02), their positions 0.1 (0.01); the ViT as in vit.py.
 2. Random shift and mirroring (left and right exchanged in the caption), no random crops.
 3. Gradients are clipped at norm 1. `bow` and `caption` classify by log p of the prompt.
 """
@@ -207,7 +207,8 @@ class CLIP(nn.Module):
             self.W_i = nn.Linear(dim, embed_dim, bias=False)
         elif image_encoder == "resnet":
             self.image_encoder = ResNet(image_size, dim, depth)
-            self.W_i = nn.Linear(4 * dim, embed_dim)  # also the pooling's Omega_c: it has a bias
+            # The attention pooling has no output projection: W_i takes its place, with its bias.
+            self.W_i = nn.Linear(4 * dim, embed_dim)
         else:
             raise ValueError(f"image_encoder must be 'vit' or 'resnet', not {image_encoder!r}")
         if text_encoder == "transformer":
@@ -252,7 +253,8 @@ class CLIP(nn.Module):
         logits = self(I, T)
         # symmetric loss function
         labels = torch.arange(len(logits), device=logits.device)
-        # PyTorch takes one example a row. (The slide's axis=0 and 1 name the axis of the examples.)
+        # cross_entropy takes each row as one example. On the slide, axis=0 says that the rows are
+        # the examples, axis=1 that the columns are: so here the second one is transposed.
         loss_i = F.cross_entropy(logits, labels)  # a row: which text belongs to this image
         loss_t = F.cross_entropy(logits.T, labels)  # a column: which image belongs to this text
         loss = (loss_i + loss_t) / 2
@@ -287,9 +289,9 @@ class CLIP(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, heads=None, text_heads=None, quick_gelu=True):
-        """From OpenAI's files (an archive is a program, which is run: read only those you trust) or
-        this script's. quick_gelu=False: for open_clip's files in OpenAI's names, if the model's
-        name does not end in "-quickgelu", so for laion2b's. The file itself does not tell it."""
+        """From this script's files or OpenAI's, whose archives contain code that is run: read only
+        those that you trust. quick_gelu=False: for open_clip's files in OpenAI's names, unless the
+        model's name ends in "-quickgelu" (laion2b: False). The file itself does not tell it."""
         with data.refuse(f"{path}: does not hold a CLIP"):
             state, sizes = data.read_clip(path, heads=heads, text_heads=text_heads)
             model = cls(**sizes, quick_gelu=quick_gelu)
@@ -585,7 +587,7 @@ def conv_and_norm(channels, width, side, stride=1):
 class Bottleneck(nn.Module):
     """A layer of the ResNet, (B, channels, H, W) -> (B, 4 * width, H / stride, W / stride).
 
-    With a stride, an image is made smaller by means over squares: no pixel is left out.
+    With a stride, average pooling shrinks the image, not a strided convolution.
     Copy with: conv_and_norm.
     """
 
@@ -608,7 +610,8 @@ class ResNet(nn.Module):
     """Images (B, 3, H, H), normalized -> I_f (B, 4 * dim), by attention in place of a mean.
 
     depth: the number of layers in each stage, (3, 4, 6, 3) for RN50; one number is divided among
-    two stages. dim: the width of the last stage; each stage before it has half of the next one's.
+    two stages. dim: the inner width of the last stage, whose output has 4 * dim; each stage before
+    it has half of the next one's.
     Copy with: Bottleneck, conv_and_norm, Attention.
     """
 

@@ -15,7 +15,7 @@ Default run: a linear probe on the patch mean reaches 0.668, on the last four la
 (untrained 0.302; raw pixels 0.322) in 2 min 11 s, on two bfloat16 CPU cores, seed 0; kNN 0.499.
 
 Differences from the paper:
-1. `center_targets`: LayerNorm's targets are mostly position and color, which is easy to predict.
+1. `center_targets`, not LayerNorm, which leaves mostly position and color: easy to predict.
 2. `tiny` masks random patches. With the paper's blocks a short run learns less (probe 0.425).
 3. MAE's initial weights, momentum 0.99 to 0.999, constant weight decay: our runs are short.
 """
@@ -76,8 +76,8 @@ class Encoder(nn.Module):
 
 
 class Predictor(nn.Module):
-    """Predicts the K patches target_idx (B, K) from z (B, n, D), the encoder's output for the
-    patches context_idx (B, n). -> predictions (B, K, D).
+    """Predicts the K patches target_idx (B, K) of one target block from z (B, n, D), the encoder's
+    output for the patches context_idx (B, n). -> predictions (B, K, D).
 
     Copy with: Block, Attention, MLP, LayerNorm, sincos_2d.
     """
@@ -109,7 +109,7 @@ class IJEPA(nn.Module):
     """An `encoder`, a `predictor`, and a `target_encoder`, the slow average of the encoder.
 
     predictor_heads: by default as many as the encoder has. center: the targets are
-    `center_targets` of the target encoder's output, not a LayerNorm of it (the paper's).
+    `center_targets` of the target encoder's output; False, as in the paper: its LayerNorm.
     Copy with: Encoder, Predictor, center_targets, take, Block, Attention, MLP, LayerNorm,
     PatchEmbed, patchify, sincos_2d.
     """
@@ -129,7 +129,7 @@ class IJEPA(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """MAE's: Xavier for every matrix, zero biases, N(0, 0.02) for the mask token."""
+        """MAE's: Xavier for the Linear layers, zero biases, std 0.02 for the mask token."""
         for module in self.modules():
             if isinstance(module, nn.Linear):  # q, k and v count as one matrix
                 nn.init.xavier_uniform_(module.weight)
@@ -138,8 +138,8 @@ class IJEPA(nn.Module):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Conv2d):
-                # So a sum over 3 P^2 pixels of variance 1 has variance 1. The authors' std of 0.02
-                # gives far less than the position has: a token would hardly tell what it shows.
+                # With this std, 3 P^2 numbers of variance 1 give outputs of variance 1. With the
+                # authors' 0.02 the position would be much larger than what the patch shows.
                 nn.init.normal_(module.weight, std=1 / math.sqrt(3 * self.encoder.patch_size**2))
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.predictor.mask_token, std=0.02)
@@ -188,7 +188,8 @@ class IJEPA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, heads=None, predictor_heads=None):
-        """The authors' .pth.tar, this script's file, Hugging Face's encoder (predictor: new)."""
+        """From the authors' .pth.tar, this script's file, or Hugging Face's; else UserError. The
+        last has no predictor: it starts untrained."""
         with data.refuse(f"{path}: does not hold an I-JEPA"):
             state, sizes = data.read_jepa(path, heads=heads, predictor_heads=predictor_heads)
             model = cls(**sizes)
@@ -200,8 +201,8 @@ class IJEPA(nn.Module):
 
 
 def center_targets(h):
-    """This repository's targets, (B, N, D) -> (B, N, D): what is special to this patch of this
-    image, without what all images and all positions share. It needs a batch of several images."""
+    """This repository's targets, (B, N, D) -> (B, N, D). Subtracts from each patch what all images
+    of the batch have at its position, and what its image has at all positions; variance 1."""
     h = h - h.mean(dim=0, keepdim=True)  # minus what all images have at this position
     h = h - h.mean(dim=1, keepdim=True)  # minus what this image has at all positions
     return h / (h.std(dim=(0, 1)) + 1e-4)  # each of the D numbers gets variance 1
@@ -329,8 +330,8 @@ def draw_masks(model, dataset, out, args):
 @torch.no_grad()
 def draw_predictions(model, dataset, out, args, amp):
     """8 test images, four panels each: original | context | in place of each target patch, the
-    training patch whose representation is nearest to the prediction | the same for the target
-    encoder's representation of the image itself: the best that this kind of drawing can show."""
+    training patch whose representation is nearest to the prediction | the same search with the
+    true target in place of the prediction: what a perfect predictor would give."""
     P = model.encoder.patch_size
     grid = model.encoder.grid
     images = dataset.normalize(dataset.test_images[:8])

@@ -56,14 +56,14 @@ class MAE(nn.Module):
         self.has_decoder = decoder_depth > 0
         N = self.grid**2
 
-        # A ViT with a fixed position table (row 0: class token), which init_weights fills in.
+        # A ViT with a fixed position table. Row 0 is the class token's and stays zero.
         self.patch_embed = PatchEmbed(dim, patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + N, dim), requires_grad=False)
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
         self.norm = LayerNorm(dim)
 
-        # The decoder is narrower and has fewer layers. It is thrown away after training.
+        # The decoder is narrower and has fewer layers. Probes and fine-tuning do not use it.
         if self.has_decoder:
             self.decoder_embed = nn.Linear(dim, decoder_dim)
             self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
@@ -77,7 +77,7 @@ class MAE(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """The authors': Xavier for every matrix, zero biases, tokens from N(0, 0.02^2)."""
+        """The authors': Xavier for every matrix, zero biases (but one), tokens with std 0.02."""
         for module in self.modules():
             if isinstance(module, nn.Linear):  # qkv is initialized as one matrix (3D, D)
                 nn.init.xavier_uniform_(module.weight)
@@ -85,7 +85,7 @@ class MAE(nn.Module):
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
-        self.patch_embed.proj.reset_parameters()  # its bias keeps a convolution's default
+        self.patch_embed.proj.reset_parameters()  # the bias as Conv2d draws it by default
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # as one matrix (D, P*P*3)
         nn.init.normal_(self.cls_token, std=0.02)
         self.pos_embed[0, 1:] = sincos_2d(self.pos_embed.shape[2], self.grid)
@@ -104,7 +104,7 @@ class MAE(nn.Module):
         positions = self.pos_embed[:, 1:]  # (1, N, D)
         if visible is not None:  # from here on, the masked patches do not exist
             x = take(x, visible)  # (B, n, P*P*3)
-            positions = positions[0][visible]  # (B, n, D)
+            positions = positions[0][visible]  # (B, n, D), from one table for all images
         x = self.patch_embed(x) + positions  # (B, n, D)
         cls_token = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + n, D)
@@ -113,10 +113,10 @@ class MAE(nn.Module):
         return self.norm(x)
 
     def decode(self, x, restore):
-        """x (B, 1 + n, D) of the visible patches -> pixels of all patches (B, N, P*P*3).
+        """x (B, 1 + n, D), class token and visible patches -> pixels of all patches (B, N, P*P*3).
 
-        restore (B, N): the position of each patch in the shuffled order of `forward`, in which the
-        visible patches come first. Order [2, 0, 3, 1] has the restore [1, 3, 0, 2]."""
+        restore (B, N): where each patch stands in the shuffled sequence, visible patches first.
+        The order [2, 0, 3, 1] puts patch 0 at position 1, so its restore begins with 1."""
         x = self.decoder_embed(x)  # (B, 1 + n, decoder_dim)
         cls_token = x[:, :1]
         x = x[:, 1:]
@@ -132,7 +132,8 @@ class MAE(nn.Module):
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]  # without the class token
 
     def target(self, images):
-        """(B, 3, H, H) -> what to predict, (B, N, P*P*3): each patch's pixels, or normalized."""
+        """(B, 3, H, H) -> what to predict, (B, N, P*P*3): the patches of the images; with norm_pix,
+        each patch minus its own mean, divided by its own std."""
         x = patchify(images, self.patch_size)
         if self.norm_pix:
             mean, std = self.patch_statistics(x)
@@ -142,7 +143,7 @@ class MAE(nn.Module):
     def patch_statistics(self, patches):
         """(B, N, P*P*3) -> mean and std of each patch, (B, N, 1) both."""
         mean = patches.mean(dim=-1, keepdim=True)
-        variance = patches.var(dim=-1, keepdim=True)  # torch's default, as the authors'
+        variance = patches.var(dim=-1, keepdim=True)  # divided by P*P*3 - 1, as theirs
         return mean, (variance + 1e-6).sqrt()
 
     def forward(self, images, mask_ratio=0.75, noise=None):
@@ -184,7 +185,7 @@ class MAE(nn.Module):
     def from_pretrained(cls, path, norm_pix=False, heads=None, decoder_heads=None):
         """From the authors' files or this script's; else UserError. norm_pix: True for the authors'
         mae_pretrain_*_full.pth, False for mae_visualize_*.pth; this script's files store their own.
-        heads, decoder_heads: for files of widths that the authors did not release."""
+        Weights do not show the numbers of heads: give them for widths that were not released."""
         with data.refuse(f"{path}: does not hold a masked autoencoder"):
             state, sizes = data.read_mae(path, heads=heads, decoder_heads=decoder_heads)
             sizes.setdefault("norm_pix", norm_pix)
@@ -223,7 +224,7 @@ def draw_reconstructions(model, dataset, out, args, amp):
 
 # ---------------------------------------------------------------------------------------- training
 
-SIZES = {  # B, L and H are the paper's, all with one decoder; T is a common ViT-Tiny for CIFAR-10
+SIZES = {  # B, L, H: the paper's encoders, each with the same decoder; T: a ViT-Tiny for CIFAR-10
     "tiny": dict(patch_size=4, dim=128, depth=4, heads=4,
                  decoder_dim=64, decoder_depth=1, decoder_heads=2),
     "T": dict(patch_size=2, dim=192, depth=12, heads=3,

@@ -5,7 +5,7 @@ the velocity noise - image. A network v (here SiT, Ma et al. 2024, arXiv 2401.08
 the velocity from x_t, t and the class. Then it leads fresh noise back to a new image, in steps.
 
 To guess well, v must find out what x_t shows. REPA helps: a projector maps the tokens h after an
-early block, which saw x_t, and they must point as those of a frozen teacher, which saw the image.
+early block; each result must get the direction of a frozen teacher's token, which saw the image.
 
     loss = mean (v(x_t, t, class) - (noise - image))^2 - 0.5 mean cos(projector(h), teacher(image))
 
@@ -61,7 +61,8 @@ class TimeEmbed(nn.Module):
 
 
 class SiTBlock(nn.Module):
-    """A pre-norm Transformer layer, x (B, N, D), that time and class c (B, D) steer: adaLN-Zero.
+    """A pre-norm Transformer layer for x (B, N, D), controlled by c (B, D), the sum of the time's
+    and the class's embedding: "adaLN-Zero".
 
     From c come a shift and a scale, in place of LayerNorm's beta and gamma, and a gate, a factor
     on each branch. Gates start at zero (SiT.init_weights): at first, a block changes nothing.
@@ -241,7 +242,7 @@ class SiT(nn.Module):
     @classmethod
     def from_pretrained(cls, path, heads=None, sit_time=None):
         """This script's file, REPA's last.pt or training file, or SiT-XL-2-256.pt, else UserError;
-        EMA weights if there are any. sit_time=None: the file's tensors tell whether it is SiT's."""
+        EMA weights if there are any. sit_time=None: decided from the file's tensors."""
         with data.refuse(f"{path}: does not hold a SiT"):
             state, sizes = data.read_sit(path, heads=heads, sit_time=sit_time)
             model = cls(**sizes)
@@ -307,7 +308,8 @@ def sample(model, noise, y, steps=50, method="euler", cfg=1.0, interval=(0, 1), 
 
 @torch.no_grad()
 def sample_sde(model, noise, y, steps=50, cfg=1.0, interval=(0, 1), generator=None):
-    """As `sample`, but each step adds fresh noise, and removes as much of the noise it guesses.
+    """As `sample`, but each step (except the last) adds fresh noise. To balance it, the step also
+    removes more noise than `sample` does: the noise in x as the model estimates it.
 
     Copy with: guided_velocity.
     """
@@ -352,7 +354,8 @@ class Teacher(nn.Module):
         self.patch_size = patch_size
         self.dim = dim
         self.extra = 1 if class_token else 0  # rows before those of the patches
-        self.imagenet = False  # a release: normalize its images with ImageNet's mean and std
+        # True for released weights: their images are normalized with ImageNet's mean and std.
+        self.imagenet = False
         self.patch_embed = PatchEmbed(dim, patch_size)
         if class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -565,7 +568,7 @@ def draw_probes(model, dataset, out, args, amp):
 
 # ---------------------------------------------------------------------------------------- training
 
-SIZES = {  # S to XL are the paper's, on latents of 32 x 32 x 4
+SIZES = {  # S to XL are the paper's (which uses them on latents, this script on pixels)
     "tiny": dict(image_size=16, patch_size=2, dim=128, depth=4, heads=4,
                  align_depth=2, projector_dim=256),
     "S": dict(patch_size=2, dim=384, depth=12, heads=6, align_depth=4, projector_dim=2048),
@@ -696,7 +699,7 @@ def train(args):
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         progress.check(step, loss, norm)  # notes the loss; ends the run if either is not finite
         optimizer.step()
-        # The weights change most at first: the decay grows from 0.1 to --ema (in 1,790 steps).
+        # The weights change most at first: the decay grows from 0.1 (0.995 only at step 1,790).
         update_average(ema, model, decay=min(args.ema, (1 + step) / (10 + step)))
         scores = progress.scores(images_seen=(step + 1) * len(images))
         if step % 10 == 0 or step + 1 == args.steps:
