@@ -11,8 +11,8 @@ a slow average of the first. No gradient trains it: else all outputs could becom
     python jepa.py --masking multiblock --out out/multiblock      # the masks of the paper
     python vit.py --init out/jepa/checkpoint.pt --out out/tuned   # fine-tune the target encoder
 
-Default run: a linear probe on the patch mean reaches 0.668, on the last four layers 0.752
-(untrained 0.302; raw pixels 0.322) in 2 min 11 s, on two bfloat16 CPU cores, seed 0; kNN 0.499.
+Default run, seed 0, float32: accuracy of a linear probe on the patch mean 0.679, on the last four
+layers 0.760 (untrained 0.305; raw pixels 0.326); kNN 0.467. README says how many minutes it takes.
 
 Differences from the paper:
 1. `center_targets`, not LayerNorm, which leaves mostly position and color: easy to predict.

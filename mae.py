@@ -10,8 +10,8 @@ what is in the image. It never processes a masked patch, which makes a step 2 to
     python mae.py --norm-pix --out out/norm_pix     # target: each patch normalized by itself
     python vit.py --init out/mae/checkpoint.pt --out out/tuned        # fine-tune with labels
 
-Default run: a linear probe on the mean of the patch tokens has accuracy 0.830 (on the class token
-0.731; untrained network 0.271; raw pixels 0.322); 2 min 37 s on two bfloat16 CPU cores, seed 0.
+Default run, seed 0, float32: accuracy of a linear probe on the mean of the patch tokens 0.843 (on
+the class token 0.715; untrained network 0.267; raw pixels 0.326). README tells the minutes.
 
 Differences from the paper:
 1. Peak learning rate 2e-3 for any batch size, not 1.5e-4 * batch size / 256: the run is short.
