@@ -24,7 +24,6 @@ Differences from the paper:
 """
 
 import collections
-import copy
 import functools
 import gzip
 import math
@@ -501,9 +500,7 @@ def evaluate(model, dataset, parts, prompts, args, amp):
     for name, value in one_prompt.items():
         scores[f"{name}_one_prompt"] = value
     clip = model if isinstance(model, CLIP) else model.clip
-    untrained = copy.deepcopy(clip)
-    torch.manual_seed(args.seed)
-    untrained.init_weights()
+    untrained = data.untrained(clip, args.seed)
     return scores | data.probe_scores(dataset, clip.features, untrained.features, amp)
 
 
@@ -852,10 +849,12 @@ def learning_rate(step, args):
 
 
 def load(args):
-    """-> the model of --load, its tokenizer, and whether the file is OpenAI's, not this script's.
-    Sets the size of images and patches to the model's."""
+    """-> the model of --load and its tokenizer. Sets the size of images and patches, and how images
+    are normalized, to the model's."""
     model = CLIP.from_pretrained(args.load)
-    released = not data.is_own(args.load)
+    released = not data.is_own(args.load)  # a file of OpenAI's
+    if released:
+        args.mean, args.std = data.OPENAI
     args.steps = 0
     args.patch_size = model.image_encoder.patch_size
     args.image_size = model.image_encoder.grid * args.patch_size
@@ -866,7 +865,7 @@ def load(args):
     if tokenizer.vocab_size != vocab_size:
         raise data.UserError(f"--tokenizer {args.tokenizer}: {tokenizer.vocab_size} tokens, but "
                              f"--load {args.load} has {vocab_size}")
-    return model, tokenizer, released
+    return model, tokenizer
 
 
 def pick_tokenizer(args, dataset):
@@ -920,12 +919,9 @@ def train(args):
     device = data.pick_device(args.device)
     amp = data.autocast(device, args.precision)  # matrix products in bfloat16 where that is fast
     out = pathlib.Path(args.out)
-    released = False
     if args.load:
-        model, tokenizer, released = load(args)
+        model, tokenizer = load(args)
     dataset = data.open_data(args, device)
-    if released:
-        dataset.normalize_with(*data.OPENAI)
     if not args.load:
         tokenizer = pick_tokenizer(args, dataset)
         torch.manual_seed(args.seed)
@@ -935,6 +931,7 @@ def train(args):
     prompts = tokenize_prompts(tokenizer, names, templates).to(device)
     train_ids = tokenizer(dataset.train_captions, truncate=True).to(device)
     sides = [tokenizer.encode("left"), tokenizer.encode("right")]
+    pad = 4 if dataset.unseen_images is None else 2  # captions of `shapes` say where the shape is
     optimizer = make_optimizer(model, args, device)
     start, scores = data.resume(args, "clip", model=model, optimizer=optimizer)
     loss_function = torch.compile(model.loss) if args.compile else model.loss
@@ -960,7 +957,7 @@ def train(args):
         ids = train_ids[index]
         if args.augment == "light":
             images, ids = mirror(images, ids, *sides)
-            images = data.augment(images, pad=2 if dataset.name == "shapes" else 4, flip=False)
+            images = data.augment(images, pad=pad, flip=False)
         images = dataset.normalize(images)
         with amp:
             loss, logits = loss_function(images, ids)

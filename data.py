@@ -15,6 +15,7 @@ H and W height and width of an image.
 
 import argparse
 import contextlib
+import copy
 import functools
 import hashlib
 import html
@@ -93,11 +94,18 @@ class Data:
 
     def normalize(self, images):
         """uint8 (B, 3, H, H) -> float32, with mean 0 and variance 1 in each channel."""
-        return (images.float() / 255 - self.mean[:, None, None]) / self.std[:, None, None]
+        return normalize(images, self.mean, self.std)
 
     def denormalize(self, images):
         """The inverse of normalize: float (B, 3, H, H) -> the same with values from 0 to 1."""
         return (images.float() * self.std[:, None, None] + self.mean[:, None, None]).clamp(0, 1)
+
+
+def normalize(images, mean, std):
+    """uint8 (B, 3, H, H) -> float32: (images / 255 - mean) / std, three means and three stds."""
+    mean = torch.as_tensor(mean, device=images.device)[:, None, None]
+    std = torch.as_tensor(std, device=images.device)[:, None, None]
+    return (images.float() / 255 - mean) / std
 
 
 def load(name="shapes", root="datasets", seed=0, image_size=None):
@@ -168,7 +176,7 @@ def shapes(seed=0, size=32, counts=(20000, 2000, 1000)):
     not depend on the class, and the ground is lighter than the shape as often as it is darker: a
     single pixel tells little about the class, a model has to look at the form.
 
-    Copy with: CAPTIONS, COLORS, Data, POSITIONS, SHAPES, signed_distance, turn.
+    Copy with: CAPTIONS, COLORS, Data, POSITIONS, SHAPES, normalize, signed_distance, turn.
     """
     total = sum(counts)
     generator = torch.Generator().manual_seed(seed)
@@ -713,13 +721,22 @@ def knn(train_x, train_y, test_x, test_y, k=20):
     return correct / len(test_y)
 
 
+def untrained(model, seed):
+    """A copy of a model with new weights, those from which a training with this seed starts."""
+    model = copy.deepcopy(model)
+    torch.manual_seed(seed)
+    model.init_weights()
+    for module in model.modules():
+        if isinstance(module, ScaledLinear):  # of a DINOv2 file
+            nn.init.ones_(module.gamma)
+    return model
+
+
 def probe_scores(dataset, features, random_features, amp):
     """The accuracies that all six scripts report, of `features` and of two baselines.
 
     probe, the same with 1 % of the labels, and knn; probe_random: a network before its training;
     probe_pixels: no network, the pixels themselves, averaged to at most 32 x 32.
-
-    Copy with: accuracy, both_sets, extract, fit, knn, linear_probe, standardize.
     """
     side = min(32, dataset.image_size)
 
@@ -731,9 +748,39 @@ def probe_scores(dataset, features, random_features, amp):
         probe=linear_probe(*own),
         probe_1_percent=linear_probe(*own, percent=1),
         knn=knn(*own),
-        probe_random=linear_probe(*both_sets(random_features, dataset, amp)),
-        probe_pixels=linear_probe(*both_sets(pixels, dataset, amp)),
+        probe_random=baseline(random_features, dataset, amp),
+        probe_pixels=baseline(pixels, dataset, amp),
     )
+
+
+def baseline(features, dataset, amp):
+    """linear_probe of features that no training changes: kept in the data folder for other runs."""
+    # A hundred features tell which function it is: another seed or size gives another file.
+    x = extract(features, dataset, dataset.test_images[:100], amp)
+    path = dataset.root / f"probe-{digest(dataset, x.cpu().numpy().tobytes())}.pt"
+    if path.exists():
+        with contextlib.suppress(UserError, KeyError):  # a damaged file is made again
+            return load_checkpoint(path, "baseline")["probe"]
+    probe = linear_probe(*both_sets(features, dataset, amp))
+    keep(path, script="baseline", probe=probe)
+    return probe
+
+
+def digest(dataset, more):
+    """16 letters that change with the images, the labels, and the bytes in `more`."""
+    hashed = hashlib.md5(more)
+    for tensor in (dataset.train_images, dataset.train_labels,
+                   dataset.test_images, dataset.test_labels):
+        hashed.update(tensor.cpu().numpy().tobytes())
+    return hashed.hexdigest()[:16]
+
+
+def keep(path, **content):
+    """A checkpoint that only spares the next run some time: if it cannot be written, so be it."""
+    try:
+        save_checkpoint(path, **content)
+    except UserError as error:  # a read-only data folder is no reason to end a run
+        print(f"not kept for the next run: {error}")
 
 
 def frechet(x, y):
@@ -794,11 +841,9 @@ def train_cnn(dataset, seed=0, steps=200, batch_size=128):
     cnn = SmallCNN(len(dataset.class_names)).to(device, memory_format=layout)
 
     # The file's name tells what it was trained on, and how: other images are another network.
-    digest = hashlib.md5(dataset.train_images.cpu().numpy().tobytes())
-    digest.update(dataset.train_labels.cpu().numpy().tobytes())
-    digest.update(repr((VERSION, dataset.class_names, seed, steps, batch_size)).encode())
-    digest.update(repr((dataset.mean.tolist(), dataset.std.tolist())).encode())
-    path = dataset.root / f"cnn-{digest.hexdigest()[:16]}.pt"
+    recipe = [VERSION, dataset.class_names, seed, steps, batch_size,
+              dataset.mean.tolist(), dataset.std.tolist()]
+    path = dataset.root / f"cnn-{digest(dataset, repr(recipe).encode())}.pt"
     if path.exists():
         with refuse(f"{path}: delete it, and the next run makes it again"):
             cnn.load_state_dict(load_checkpoint(path, "cnn")["model"])
@@ -814,10 +859,7 @@ def train_cnn(dataset, seed=0, steps=200, batch_size=128):
         loss.backward()
         optimizer.step()
         schedule.step()
-    try:
-        save_checkpoint(path, script="cnn", model=cnn.state_dict())
-    except UserError as error:  # a read-only data folder is no reason to end a run
-        print(f"the small CNN is not kept for the next run: {error}")
+    keep(path, script="cnn", model=cnn.state_dict())
     return cnn.eval()
 
 
@@ -1151,14 +1193,15 @@ def common_options(parser, script, sizes, steps, batch_size, lr):
 
 
 # What stands in the args of a checkpoint but does not come back from it with --resume: two options
-# of the new run, and what `open_data` notes there for a program that classifies an own image.
-NOT_STORED = ["out", "resume", "class_names", "mean", "std"]
+# of the new run, and the names of the classes, which `open_data` notes for who loads the file.
+NOT_STORED = ["out", "resume", "class_names"]
 
 
 def parse(parser, script, sizes, argv=None):
     """The arguments. What is not given comes from the checkpoint of --resume, then from --size.
 
-    With --load, the data set and the seed come from the checkpoint. Raises UserError.
+    With --load, the data set, the seed, and the mean and std of its images come from the
+    checkpoint. Raises UserError.
     """
     in_notebook = "ipykernel" in sys.modules and any(word.endswith(".json") for word in sys.argv)
     if argv is None and in_notebook:
@@ -1176,7 +1219,8 @@ def parse(parser, script, sizes, argv=None):
     elif args.load:
         with contextlib.suppress(UserError):  # a released file: the model's own loader reads it
             stored = load_checkpoint(args.load, script).get("args", {})
-            stored = {key: stored[key] for key in ("data", "data_dir", "seed") if key in stored}
+            wanted = ("data", "data_dir", "seed", "mean", "std")
+            stored = {key: stored[key] for key in wanted if key in stored}
     parser.set_defaults(**stored)
     args = parser.parse_args(argv)
 
@@ -1238,9 +1282,13 @@ def multiplies_bf16(kind):
 def open_data(args, device):
     """The Data that the options name, on the device; checks that the patches fit its images.
 
-    Notes in args what a checkpoint must hold so that an own image can be classified later.
+    With args.mean and args.std (from the checkpoint of --resume or --load), images are normalized
+    as they were in its training. Notes in args what a checkpoint must hold so that an own image can
+    be classified later.
     """
     dataset = load(args.data, args.data_dir, args.seed, args.image_size).to(device)
+    if getattr(args, "mean", None) is not None:
+        dataset.normalize_with(args.mean, args.std)
     args.image_size = dataset.image_size
     if args.image_size % args.patch_size:
         raise UserError(f"--patch-size {args.patch_size} does not divide the images' side "
@@ -1389,6 +1437,7 @@ ENCODERS = ("vit", "mae", "jepa", "teacher")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # MAE, I-JEPA, DINOv2
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # Google's ViT and timm's vit_*; timm's deit_*: IMAGENET
 OPENAI = ((0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758))  # CLIP
+NORMALIZE = {"half": HALF, "imagenet": IMAGENET}
 
 # Width of the encoder -> number of attention heads, in the files that the authors released.
 ENCODER_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16}
@@ -1453,6 +1502,17 @@ def is_own(path):
     if str(path).endswith(".npz") or is_torchscript(path):
         return False
     return "script" in read_file(path, *ENCODERS, "igpt", "clip", "repa")
+
+
+def statistics(path, has_head):
+    """Mean and std of the images with which an encoder's file was trained: stored in this
+    repository's files, else HALF for files with a head, Google's and timm's, and IMAGENET for those
+    without one, of MAE, I-JEPA and DINOv2. (None, None) if the file does not tell.
+    """
+    if is_own(path):
+        args = own_args(read_file(path, *ENCODERS))
+        return args.get("mean"), args.get("std")
+    return HALF if has_head else IMAGENET
 
 
 def unwrap(content):

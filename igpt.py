@@ -23,7 +23,6 @@ Differences from the paper:
 5. 24 heads in XL, an unpublished number: 3072 / 24 = 128 is the width of M's heads.
 """
 
-import copy
 import functools
 import math
 import pathlib
@@ -345,8 +344,7 @@ def evaluate(model, dataset, out, args, amp):
     best = curve.index(max(curve))
     print(f"the probe on held-out training images is best on layer {best}")
     scores["probe_by_layer"] = curve
-    untrained = copy.deepcopy(model)
-    untrained.init_weights()
+    untrained = data.untrained(model, args.seed)
     features = functools.partial(image_features, model=model, dataset=dataset, layer=best)
     random_features = functools.partial(image_features, model=untrained, dataset=dataset,
                                         layer=best)
@@ -415,7 +413,11 @@ def build(args):
 
 def read(args):
     """The model of --load or --finetune; its sizes replace those in the options."""
-    model = ImageGPT.from_pretrained(args.load or args.finetune)
+    path = args.load or args.finetune
+    model = ImageGPT.from_pretrained(path)
+    if args.palette is None and not model.palette.any():
+        raise data.UserError(f"{path}: holds no colors; give those it was trained with, "
+                             "--palette kmeans_centers.npy for OpenAI's models")
     args.image_size = model.image_size
     args.objective = model.objective
     args.dim = model.pos_embed.shape[1]

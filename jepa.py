@@ -530,9 +530,7 @@ def train(args):
     # Scores and pictures.
     model.eval()
     scores |= collapse(model, dataset, amp)
-    untrained = copy.deepcopy(model)
-    torch.manual_seed(args.seed)
-    untrained.init_weights()
+    untrained = data.untrained(model, args.seed)
     scores |= data.probe_scores(dataset, model.features, untrained.features, amp)
     last_four = functools.partial(model.features, last=4)
     scores["probe_last_four"] = data.linear_probe(*data.both_sets(last_four, dataset, amp))

@@ -19,7 +19,6 @@ Differences from the paper:
 3. Gradients are clipped at norm 1, as in all six scripts.
 """
 
-import copy
 import functools
 import math
 import pathlib
@@ -343,9 +342,7 @@ def train(args):
 
     # Scores and pictures.
     model.eval()
-    untrained = copy.deepcopy(model)
-    torch.manual_seed(args.seed)
-    untrained.init_weights()
+    untrained = data.untrained(model, args.seed)
     scores |= data.probe_scores(dataset, model.features, untrained.features, amp)
     cls_features = functools.partial(model.features, pool="cls")
     scores["probe_cls"] = data.linear_probe(*data.both_sets(cls_features, dataset, amp))

@@ -21,7 +21,6 @@ Differences from the paper:
 3. No dropout anywhere, and the head is one linear layer, as in later recipes (DeiT, MAE).
 """
 
-import copy
 import math
 import pathlib
 
@@ -306,6 +305,9 @@ def parse_args(argv=None):
     parser.add("--train-images", None, "Train on this number of images only, and train a small CNN "
                "on them for comparison.", type=number(int, 20))
     parser.add("--init", None, "Fine-tune this vit, mae, jepa or released file with a new head.")
+    parser.add("--normalize", None, "The mean and std of the images for --load and --init: half "
+               "(0.5) or imagenet; without it, what fits the file. DeiT's files need imagenet.",
+               choices=list(data.NORMALIZE))
     parser.add("--layer-decay", 1.0, "Each layer's learning rate is this factor times that of the "
                "next layer, nearer to the output; 1: all are equal.", type=number(float, 0, 1))
     args = data.parse(parser, "vit", SIZES, argv)
@@ -363,6 +365,11 @@ def read_model(args):
     args.patch_size = model.patch_size
     args.dim = len(model.norm.weight)
     args.depth = len(model.blocks)
+    # Images are normalized as they were in the training of the file.
+    if args.normalize is None:
+        args.mean, args.std = data.statistics(path, has_head=model.num_classes > 0)
+    else:
+        args.mean, args.std = data.NORMALIZE[args.normalize]
     # These two go into the checkpoint's args: no tensor shows them, and read_encoder needs them.
     args.heads = model.blocks[0].attn.heads
     args.tanh_gelu = model.tanh_gelu
@@ -385,10 +392,6 @@ def train(args):
     if args.train_images:  # the probes use only these labels, too
         dataset.train_images = dataset.train_images[:args.train_images]
         dataset.train_labels = dataset.train_labels[:args.train_images]
-    if args.load and not data.is_own(args.load):
-        # A released file: with a head it is Google's or timm's, without one MAE, I-JEPA or DINOv2.
-        released = data.HALF if model.num_classes > 0 else data.IMAGENET
-        dataset.normalize_with(*released)
     torch.manual_seed(args.seed)
     if args.init:
         model.adapt(K, args.image_size)  # a trained encoder, a new head
@@ -443,9 +446,7 @@ def train(args):
         scores["accuracy"] = score_classifier(model, dataset, amp)
     if args.train_images:
         scores["cnn"] = score_classifier(data.train_cnn(dataset, args.seed), dataset, amp)
-    untrained = copy.deepcopy(model)
-    torch.manual_seed(args.seed)
-    untrained.init_weights()
+    untrained = data.untrained(model, args.seed)
     scores |= data.probe_scores(dataset, model.features, untrained.features, amp)
     files = draw(model, dataset, out)
     if not args.load:

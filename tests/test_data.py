@@ -23,6 +23,7 @@ import pytest
 import torch
 
 import data
+import vit
 
 
 @pytest.fixture(scope="module")
@@ -496,7 +497,55 @@ def test_a_read_only_data_folder_does_not_end_a_run(pictures, tmp_path, capsys):
     own = data.load(str(pictures), tmp_path / "file" / "datasets")  # nothing can be written under a file
     assert not data.train_cnn(own, steps=1).training
     line, = capsys.readouterr().out.splitlines()
-    assert line.startswith("the small CNN is not kept for the next run: cannot write")
+    assert line.startswith("not kept for the next run: cannot write")
+
+
+def test_baselines_are_kept(pictures, tmp_path):
+    """For each function, data set and precision a file; it holds what linear_probe says."""
+    own = data.load(str(pictures), tmp_path)
+    amp = data.autocast("cpu", "fp32")
+
+    def pixels(images):
+        return images.flatten(1)
+
+    def noise(images):
+        return torch.randn(len(images), 8, generator=torch.Generator().manual_seed(0))
+
+    assert data.baseline(pixels, own, amp) == data.linear_probe(*data.both_sets(pixels, own, amp))
+    path, = tmp_path.glob("probe-*.pt")
+    data.save_checkpoint(path, script="baseline", probe=0.125)
+    assert data.baseline(pixels, own, amp) == 0.125  # from the file
+    assert data.baseline(noise, own, amp) != 0.125  # another function
+    own.train_labels = own.train_labels.flip(0)
+    assert data.baseline(pixels, own, amp) != 0.125  # other labels
+    own.train_labels = own.train_labels.flip(0)
+    for damaged in (b"", b"damaged", path.read_bytes()[:-30]):
+        path.write_bytes(damaged)
+        assert data.baseline(pixels, own, amp) > 0.5
+    data.save_checkpoint(path, script="baseline")
+    assert data.baseline(pixels, own, amp) > 0.5
+
+
+def test_an_untrained_copy_is_where_the_training_started():
+    model = vit.ViT(image_size=16, dim=16, depth=1, heads=2)
+    model.blocks[0].attn.proj = data.ScaledLinear(16, 16)
+    torch.manual_seed(5)
+    model.init_weights()
+    start = {name: p.clone() for name, p in model.state_dict().items()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    copied = data.untrained(model, seed=5).state_dict()
+    assert all((copied[name] == p).all() for name, p in start.items())
+    assert all((copied[name] != p).any() for name, p in model.state_dict().items())
+
+
+def test_normalize_is_that_of_the_data_set(pictures):
+    own = data.load(str(pictures))
+    images = own.test_images[:3]
+    assert (data.normalize(images, own.mean.tolist(), own.std.tolist()) == own.normalize(images)).all()
+    expected = (images[1, 2, 5, 7] / 255 - own.mean[2]) / own.std[2]
+    assert own.normalize(images)[1, 2, 5, 7].item() == pytest.approx(expected.item(), abs=1e-6)
 
 
 # ----------------------------------------------------------------------- checkpoints, log, pictures
@@ -730,9 +779,10 @@ def test_sizes_and_stored_options(tmp_path, pictures):
     assert stored["class_names"] == own.class_names and stored["std"] == args.std
     again = parse(["--out", str(tmp_path), "--resume", "--steps", "7"])
     assert (again.dim, again.data, again.steps, again.resume) == (128, str(pictures), 7, True)
-    assert not hasattr(again, "class_names") and not hasattr(again, "mean")  # they are no options
+    assert not hasattr(again, "class_names") and again.mean == args.mean
     loaded = parse(["--load", str(tmp_path / "checkpoint.pt")])
-    assert (loaded.dim, loaded.data) == (64, str(pictures)) and not hasattr(loaded, "class_names")
+    assert (loaded.dim, loaded.data) == (64, str(pictures)) and loaded.std == args.std
+    assert not hasattr(loaded, "class_names")
     for words in (["--dim", "30"], ["--heads", "3"], ["--out", ""], ["--size", "huge"], ["--steps", "0"]):
         with pytest.raises(data.UserError):
             parse(words)

@@ -102,6 +102,16 @@ def test_hugging_face_file(tmp_path, prefix, dim, heads):
         assert (logits - expected).abs().max() < tolerance * expected.abs().max()
 
 
+def test_a_released_file_needs_its_palette(tmp_path, refused, pictures):
+    torch.save(hf_file(), tmp_path / "igpt.bin")
+    for option in ("--load", "--finetune"):
+        line = refused(igpt, option, tmp_path / "igpt.bin", "--data", pictures, "--out", tmp_path / "out")
+        assert "igpt.bin: holds no colors" in line and "--palette" in line
+    np.save(tmp_path / "palette.npy", np.random.default_rng(0).uniform(-1, 1, (20, 3)).astype(np.float32))
+    args = igpt.parse_args(["--load", str(tmp_path / "igpt.bin"), "--palette", str(tmp_path / "palette.npy")])
+    assert igpt.read(args).image_size == 4
+
+
 def test_the_heads_of_an_unknown_width_are_not_guessed(tmp_path):
     torch.save(hf_file(dim=48), tmp_path / "x.bin")
     with pytest.raises(data.UserError, match="x.bin: does not tell its number of attention heads.*48.*heads=") as error:

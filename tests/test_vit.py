@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, block_shapes
+from conftest import ROOT, block_shapes, brightness
 
 import data
 import vit
@@ -561,6 +561,30 @@ def test_a_released_file_sees_images_as_in_its_training(pictures, tmp_path, monk
         expected = (logits.argmax(1) == dataset.test_labels).double().mean().item()
         assert scores["accuracy"] == pytest.approx(expected, abs=1e-6)
     assert ("accuracy" in scores) == ("head.weight" in state)
+
+
+def test_images_are_normalized_as_in_the_training_of_the_file(pictures, tmp_path):
+    """With --init, too, at each resume, and with other data; --normalize chooses, for DeiT's files."""
+    torch.save(random_state(head=True, classes=3), tmp_path / "timm.pth")
+    words = ["--data", pictures, "--device", "cpu", "--precision", "fp32", "--steps", 2, "--save-seconds", 0]
+
+    def statistics(out):
+        args = data.load_checkpoint(out / "checkpoint.pt")["args"]
+        return [round(x, 4) for x in (*args["mean"], *args["std"])]
+
+    train(*words, "--init", tmp_path / "timm.pth", "--out", tmp_path / "a")
+    assert statistics(tmp_path / "a") == [0.5] * 6
+    train("--out", tmp_path / "a", "--resume", "--steps", 4)
+    assert statistics(tmp_path / "a") == [0.5] * 6
+    train(*words, "--init", tmp_path / "a" / "checkpoint.pt", "--out", tmp_path / "b")
+    assert statistics(tmp_path / "b") == [0.5] * 6
+    train(*words, "--init", tmp_path / "timm.pth", "--normalize", "imagenet", "--out", tmp_path / "c")
+    assert statistics(tmp_path / "c") == [0.485, 0.456, 0.406, 0.229, 0.224, 0.225]
+    brightness(tmp_path / "other.npz", 60, seed=1)
+    args = vit.parse_args(["--load", str(tmp_path / "c" / "checkpoint.pt"), "--data", str(tmp_path / "other.npz")])
+    vit.read_model(args)
+    dataset = data.open_data(args, torch.device("cpu"))
+    assert dataset.mean.tolist() == pytest.approx([0.485, 0.456, 0.406])
 
 
 def test_each_step_augments_clips_and_scales_the_learning_rate(pictures, tmp_path, monkeypatch):
