@@ -7,7 +7,9 @@ import re
 import sys
 import types
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 import data
@@ -333,8 +335,8 @@ def test_imports(path):
         allowed |= {"common", "data"}
     elif path.parent.name == "tests":
         allowed |= {"pytest", "conftest", "common", "data", *MODELS}
-        peers = {"timm", "transformers", "src", "loss", "models", "samplers"}  # the last four are the authors'
-        allowed |= peers if path.stem == "benchmark" else set()
+        peers = {"timm", "transformers", "src", "loss", "models", "models_mae", "samplers"}  # last five: the authors'
+        allowed |= peers if path.stem in ("benchmark", "agreement") else set()
     assert set(imports(path)) <= allowed
 
 
@@ -397,16 +399,108 @@ def assigned(node):
 def test_functions_in_the_readme_exist():
     """`vit.py: ViT.tokens` names a script and what stands in it."""
     for script, name in re.findall(r"`(\w+)\.py: ([\w.]+)`", README):
-        body = tree(script).body
-        for part in name.split("."):
-            node = next((n for n in body if part in (getattr(n, "name", None), assigned(n))), None)
-            assert node is not None, f"{script}.py has no {name}"
-            body = getattr(node, "body", [])
+        assert line_of(script, name) > 0
+
+
+def line_of(script, name):
+    """The line at which `ViT.embed` of a script starts."""
+    body = tree(script).body
+    for part in name.split("."):
+        node = next((n for n in body if part in (getattr(n, "name", None), assigned(n))), None)
+        assert node is not None, f"{script}.py has no {name}"
+        body = getattr(node, "body", [])
+    return node.lineno
+
+
+def with_true_lines(text):
+    """README with the line of each linked function, and the length of each script, as they are now."""
+
+    def link(match):
+        script = match[1]
+        name = match[2]
+        return f"[`{script}.py: {name}`]({script}.py#L{line_of(script, name)})"
+
+    def length(match):
+        count = len((ROOT / match[1]).read_text(encoding="utf8").splitlines())
+        return f"{match[1]}{match[2]}{count}"
+
+    text = re.sub(r"\[`(\w+)\.py: ([\w.]+)`\]\(\w+\.py#L\d+\)", link, text)
+    return re.sub(r"\b(\w+\.py)( +)\d+", length, text)
+
+
+def test_lines_in_the_readme_are_true():
+    """If not: `PYTHONPATH=. python tests/test_repository.py` writes them anew."""
+    assert len(re.findall(r"\.py#L\d", README)) > 40
+    assert len(re.findall(r"\b\w+\.py +\d", README)) == 8
+    expected = with_true_lines(README).splitlines()
+    for line, true_line in zip(README.splitlines(), expected, strict=True):
+        assert line == true_line
+
+
+def paragraphs(text):
+    """Paragraphs and list items, without tables, code, and the measurements, which are folded."""
+    text = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = text.split("\nPapers: ")[0]
+    for line in text.splitlines():  # each paragraph is one line
+        if line and line[0] not in "|#<!" and not line.startswith("    "):
+            yield re.sub(r"^(\d+\.|-) ", "", line)
+
+
+def test_paragraphs_of_the_readme_are_short():
+    """A reader takes in sixty words and four numbers at once, not more."""
+    found = list(paragraphs(README))
+    assert len(found) > 50
+    for paragraph in found:
+        words = re.sub(r"`[^`]*`|\]\([^)]*\)", " code ", paragraph)  # code and the target of a link
+        numbers = re.findall(r"(?<![\w.])\d[\d.,:]*", words)
+        assert len(words.split()) <= 60, paragraph
+        assert len(numbers) <= 4, (numbers, paragraph)
+
+
+def snippet(first_line):
+    """The code block of README that begins with this line."""
+    return next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if block.startswith(first_line))
+
+
+def test_own_pictures_as_the_readme_says(tmp_path, monkeypatch):
+    """A folder of pictures becomes an .npz, a model is trained on it and names a picture: with the code printed there."""
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed, and the repository does not need it")
+    monkeypatch.chdir(tmp_path)
+    files = ["dog/a.jpg", "dog/b.JPG", "cat/c.jpeg", "cat/d.PNG", "bird/e.png"]
+    gray = np.zeros((40, 80, 3), np.uint8)
+    gray[:, :40] = 200  # the left half is light
+    for i in range(5):
+        for name in files:
+            path = tmp_path / "photos" / name.replace(".", f"{i}.")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.fromarray(gray).save(path)
+    exif = image.Exif()
+    exif[274] = 6  # to be turned by a quarter
+    image.fromarray(gray).save("photos/dog/turned.jpg", exif=exif)
+    image.fromarray(np.full((50, 50), 100 * 256, np.uint16)).save("photos/cat/deep.png")  # 16 bits
+    (tmp_path / "photos" / "cat" / "notes.txt").touch()
+    space = {}
+    exec(snippet("import pathlib"), space)
+    arrays = np.load("photos.npz")
+    assert arrays["images"].shape == (27, 64, 64, 3) and arrays["class_names"].tolist() == ["bird", "cat", "dog"]
+    found = dict(zip((path.name for path in space["files"]), arrays["images"]))
+    assert (found["deep.png"] == 100).all()
+    assert found["turned.jpg"][:30].min() > 150 and found["turned.jpg"][34:].max() < 50  # light above
+    assert found["a0.jpg"][:, :30].min() > 150 and found["a0.jpg"][:, 34:].max() < 50
+
+    vit = importlib.import_module("vit")
+    vit.train(vit.parse_args(["--data", "photos.npz", "--steps", "2", "--device", "cpu", "--patch-size", "16"]))
+    image.fromarray(gray).save("photo.jpg")
+    exec(snippet("import data, torch, vit").split("\n\n")[0], space)
+    x = data.normalize(torch.tensor(space["read"]("photo.jpg", 64)).permute(2, 0, 1)[None], space["args"]["mean"],
+                       space["args"]["std"])
+    assert (x == space["x"]).all() and space["args"]["class_names"] == ["bird", "cat", "dog"]
 
 
 def test_readme_is_short_and_sets_up_twice():
     assert len(README.splitlines()) < 300
-    assert len(re.findall(r"pip install", README)) == 2  # one installs and runs the main job, one the tests
+    assert len(re.findall(r"pip install -r requirements.txt &&", README)) == 2  # the main job, and the tests
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf8")
     assert "README.md" in ci  # which runs the test command from there, as written
 
@@ -415,3 +509,7 @@ def test_requirements():
     lines = (ROOT / "requirements.txt").read_text(encoding="utf8").split("\n")
     assert {re.match(r"\w*", line)[0] for line in lines} - {""} == {"torch", "numpy", "tqdm", "pytest"}
     assert next(line for line in lines if line.startswith("torch")) == "torch>=2.11,<=2.13.0"
+
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(with_true_lines(README), encoding="utf8")
