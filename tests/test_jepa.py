@@ -593,6 +593,33 @@ def test_a_damaged_log_is_refused(refused, pictures, tmp_path, log):
     assert "other: holds no whole log.csv with step, effective_rank, feature_std" in message
 
 
+@pytest.mark.parametrize("released", [True, False])
+def test_loaded_files_see_images_as_in_their_training(pictures, tmp_path, monkeypatch, released):
+    """Those of the authors with ImageNet's mean and std, own ones with what they store."""
+    model = IJEPA(image_size=16, dim=192, depth=1, heads=3, predictor_dim=48, predictor_heads=3)
+    state = model.state_dict()
+    path = tmp_path / "file.pth"
+    if released:
+        parts = {}
+        for part in ("encoder", "predictor", "target_encoder"):
+            parts[part] = {k.removeprefix(f"{part}."): v for k, v in state.items() if k.startswith(f"{part}.")}
+        torch.save(parts, path)
+    else:
+        args = dict(heads=3, predictor_heads=3, center=True, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+        data.save_checkpoint(path, script="jepa", model=state, args=args)
+    used = []
+
+    def probe_scores(dataset, features, random_features, amp):
+        used.append(torch.cat([dataset.mean, dataset.std]).tolist())
+        return {}
+
+    monkeypatch.setattr(data, "probe_scores", probe_scores)
+    words = ["--load", str(path), "--data", str(pictures), "--device", "cpu", "--out", str(tmp_path), "--masking", "random"]
+    jepa.train(jepa.parse_args(words))
+    expected = [0.485, 0.456, 0.406, 0.229, 0.224, 0.225] if released else [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    assert used[0] == pytest.approx(expected)
+
+
 def test_killed_and_resumed_is_the_same_run(same_run, pictures):
     same_run("jepa.py", "--data", pictures, *SMALL, "--steps", 40)
 

@@ -282,6 +282,28 @@ def test_the_command_learns_draws_and_scores(script, pictures, tmp_path):
     assert (tuned["blocks.1.mlp.fc1.weight"] - checkpoint["model"]["blocks.1.mlp.fc1.weight"]).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("released", [True, False])
+def test_loaded_files_see_images_as_in_their_training(pictures, tmp_path, monkeypatch, released):
+    """Those of the authors with ImageNet's mean and std, own ones with what they store."""
+    model = MAE(image_size=16, dim=192, depth=1, heads=3, decoder_dim=512, decoder_heads=16)
+    path = tmp_path / "file.pth"
+    if released:
+        torch.save({"model": model.state_dict()}, path)
+    else:
+        args = dict(heads=3, decoder_heads=16, norm_pix=False, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+        data.save_checkpoint(path, script="mae", model=model.state_dict(), args=args)
+    used = []
+
+    def probe_scores(dataset, features, random_features, amp):
+        used.append(torch.cat([dataset.mean, dataset.std]).tolist())
+        return {}
+
+    monkeypatch.setattr(data, "probe_scores", probe_scores)
+    mae.train(mae.parse_args(["--load", str(path), "--data", str(pictures), "--device", "cpu", "--out", str(tmp_path)]))
+    expected = [0.485, 0.456, 0.406, 0.229, 0.224, 0.225] if released else [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    assert used[0] == pytest.approx(expected)
+
+
 def test_killed_and_resumed_is_the_same_run(same_run, pictures):
     same_run("mae.py", "--data", pictures, *SMALL, "--steps", 40)
 

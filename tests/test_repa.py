@@ -646,7 +646,7 @@ def scores_of(done):
 
 
 def test_the_command_learns_draws_and_scores(script, pictures, tmp_path):
-    words = ["repa.py", "--data", pictures, "--data-dir", tmp_path, *SMALL]
+    words = ["repa.py", "--data", pictures, "--data-dir", pictures.parent, *SMALL]
     done = script(*words, "--out", tmp_path / "a", "--steps", 20, "--warmup", 2, "--align-until", 12)
     assert done.returncode == 0, done.stderr
     scores = scores_of(done)
@@ -671,7 +671,7 @@ def test_the_command_learns_draws_and_scores(script, pictures, tmp_path):
 
 
 def test_plain_and_aligned_start_the_same(unscored, pictures, tmp_path):
-    words = ["--data", pictures, "--data-dir", tmp_path, *SMALL, "--steps", 8, "--precision", "fp32"]
+    words = ["--data", pictures, "--data-dir", pictures.parent, *SMALL, "--steps", 8, "--precision", "fp32"]
     runs = {"plain": ["--align", 0], "zero": ["--align", 0, "--teacher", "random"], "aligned": ["--teacher", "random"]}
     models = {}
     first = {}
@@ -697,7 +697,7 @@ def test_a_damaged_log_is_refused(unscored, pictures, tmp_path, monkeypatch, log
         return []
 
     monkeypatch.setattr(repa, "draw_probes", spoil)
-    words = ["--data", pictures, "--data-dir", tmp_path, *SMALL, "--steps", 1, "--align", 0, "--out", tmp_path]
+    words = ["--data", pictures, "--data-dir", pictures.parent, *SMALL, "--steps", 1, "--align", 0, "--out", tmp_path]
     with pytest.raises(data.UserError, match=f"{tmp_path}: .*log.csv") as error:
         repa.train(repa.parse_args([str(word) for word in words]))
     assert "\n" not in str(error.value)
@@ -783,7 +783,7 @@ def test_each_way_to_a_teacher(pictures, tmp_path):
 
 def test_a_run_is_resumed_after_its_folder_was_moved(unscored, pictures, tmp_path):
     """The teacher comes from the new folder: it is neither trained again nor looked for in the old one."""
-    words = ["--data", pictures, "--data-dir", tmp_path, *SMALL, "--precision", "fp32"]
+    words = ["--data", pictures, "--data-dir", pictures.parent, *SMALL, "--precision", "fp32"]
     repa.train(repa.parse_args([str(word) for word in (*words, "--steps", 6, "--out", tmp_path / "old")]))
     (tmp_path / "old").rename(tmp_path / "new")
     before = (tmp_path / "new" / "teacher.pt").read_bytes()
@@ -803,7 +803,7 @@ def test_a_new_run_does_not_take_an_old_teacher(pictures, tmp_path):
 
 
 def test_killed_and_resumed_is_the_same_run(same_run, pictures, tmp_path):
-    same_run("repa.py", "--data", pictures, "--data-dir", tmp_path, *SMALL, "--steps", 40)
+    same_run("repa.py", "--data", pictures, "--data-dir", pictures.parent, *SMALL, "--steps", 40)
 
 
 @pytest.mark.parametrize("words, message", [
@@ -815,7 +815,7 @@ def test_killed_and_resumed_is_the_same_run(same_run, pictures, tmp_path):
     (["--samples", 1], "'1' is not a whole number from 2"),
 ])
 def test_mistakes_end_in_one_line(refused, pictures, tmp_path, words, message):
-    more = ["--data", pictures, "--data-dir", tmp_path, *SMALL, "--steps", 2, "--out", tmp_path, *words]
+    more = ["--data", pictures, "--data-dir", pictures.parent, *SMALL, "--steps", 2, "--out", tmp_path, *words]
     assert message in refused(repa, *more)
 
 
