@@ -36,6 +36,7 @@ from torch import nn
 
 import data
 from common import Attention, Block, LayerNorm, PatchEmbed, patchify, quick_gelu, sincos_2d
+from data import UserError
 
 # --------------------------------------------------------------------------------------- the model
 
@@ -479,8 +480,8 @@ class Tokenizer:
         for text in texts:
             ids = self.encode(text)
             if len(ids) > room and not truncate:
-                raise data.UserError(f"{text[:50]!r}...: {len(ids)} tokens, but there is room for "
-                                     f"{room}; truncate=True cuts off the rest")
+                raise UserError(f"{text[:50]!r}...: {len(ids)} tokens, but there is room for "
+                                f"{room}; truncate=True cuts off the rest")
             row = [self.ids[SOS], *ids[:room], self.ids[EOS]]
             rows.append(row + [0] * (context_length - len(row)))
         return torch.tensor(rows)
@@ -620,8 +621,8 @@ class ResNet(nn.Module):
         self.patch_size = 2 ** (number + 1)  # the sides of an image shrink by this factor
         self.grid = image_size // self.patch_size
         if image_size % self.patch_size or dim % 16 or dim % 2**number or min(depth) == 0:
-            raise data.UserError(f"a ResNet of {number} stages needs --image-size divisible by "
-                                 f"{self.patch_size}, --dim by 16, --depth of at least 2")
+            raise UserError(f"a ResNet of {number} stages needs --image-size divisible by "
+                            f"{self.patch_size}, --dim by 16, --depth of at least 2")
 
         # The stem halves height and width twice, by a stride and by a mean over squares.
         width = dim // 2 ** (number - 1)  # of the first stage
@@ -829,14 +830,14 @@ def parse_args(argv=None):
     if args.objective == "caption":
         args.text_encoder = "transformer"
     if args.text_dim % args.text_heads:
-        raise data.UserError(f"--text-dim {args.text_dim} must be a multiple of --text-heads "
-                             f"{args.text_heads}")
+        raise UserError(f"--text-dim {args.text_dim} must be a multiple of --text-heads "
+                        f"{args.text_heads}")
     if args.objective == "contrastive" and args.batch_size < 2:
-        raise data.UserError("--batch-size 1: the contrastive loss compares the captions of a "
-                             "batch, so it needs at least 2")
+        raise UserError("--batch-size 1: the contrastive loss compares the captions of a "
+                        "batch, so it needs at least 2")
     for folder in args.compare:
         if not (pathlib.Path(folder) / "zero_shot.csv").is_file():
-            raise data.UserError(f"--compare {folder}: not the --out folder of a run of clip.py")
+            raise UserError(f"--compare {folder}: not the --out folder of a run of clip.py")
     return args
 
 
@@ -859,12 +860,12 @@ def load(args):
     args.patch_size = model.image_encoder.patch_size
     args.image_size = model.image_encoder.grid * args.patch_size
     if released and not args.tokenizer:
-        raise data.UserError(f"--load {args.load}: needs --tokenizer bpe_simple_vocab_16e6.txt.gz")
+        raise UserError(f"--load {args.load}: needs --tokenizer bpe_simple_vocab_16e6.txt.gz")
     tokenizer = Tokenizer.from_file(args.tokenizer or args.load)
     vocab_size = model.text_encoder.token_embed.num_embeddings
     if tokenizer.vocab_size != vocab_size:
-        raise data.UserError(f"--tokenizer {args.tokenizer}: {tokenizer.vocab_size} tokens, but "
-                             f"--load {args.load} has {vocab_size}")
+        raise UserError(f"--tokenizer {args.tokenizer}: {tokenizer.vocab_size} tokens, but "
+                        f"--load {args.load} has {vocab_size}")
     return model, tokenizer
 
 

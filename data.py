@@ -1376,6 +1376,9 @@ def run(train, parse_args):
         if hasattr(stream, "reconfigure"):  # a console that cannot show a letter shows a "?"
             stream.reconfigure(errors="replace")
     try:
+        if sys.version_info < (3, 10):
+            raise UserError(f"these scripts need Python 3.10 or newer, and this is "
+                            f"{sys.version.split()[0]}")
         train(parse_args())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

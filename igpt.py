@@ -33,6 +33,7 @@ from torch import nn
 
 import data
 from common import Block, Cache, quick_gelu, sincos_2d
+from data import UserError
 
 # --------------------------------------------------------------------------------------- the model
 
@@ -390,9 +391,9 @@ def parse_args(argv=None):
                type=number(int, 1))
     args = data.parse(parser, "igpt", SIZES, argv)
     if args.patch_size != 1:
-        raise data.UserError(f"--patch-size must be 1, not {args.patch_size}: a token is a pixel")
+        raise UserError(f"--patch-size must be 1, not {args.patch_size}: a token is a pixel")
     if args.load and args.finetune:
-        raise data.UserError("--load does not train, so --finetune has no use; leave one out")
+        raise UserError("--load does not train, so --finetune has no use; leave one out")
     return args
 
 
@@ -416,8 +417,8 @@ def read(args):
     path = args.load or args.finetune
     model = ImageGPT.from_pretrained(path)
     if args.palette is None and not model.palette.any():
-        raise data.UserError(f"{path}: holds no colors; give those it was trained with, "
-                             "--palette kmeans_centers.npy for OpenAI's models")
+        raise UserError(f"{path}: holds no colors; give those it was trained with, "
+                        "--palette kmeans_centers.npy for OpenAI's models")
     args.image_size = model.image_size
     args.objective = model.objective
     args.dim = model.pos_embed.shape[1]
@@ -442,7 +443,7 @@ def train(args):
         args.steps = 0
     dataset = data.open_data(args, device)
     if args.given_rows is not None and args.given_rows > args.image_size:
-        raise data.UserError(f"--given-rows must be at most {args.image_size}, an image's rows")
+        raise UserError(f"--given-rows must be at most {args.image_size}, an image's rows")
     torch.manual_seed(args.seed)
     if fine_tuned:  # with a new classifier, for the classes of this data set
         model.classifier = nn.Linear(args.dim, len(dataset.class_names), bias=False)

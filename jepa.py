@@ -12,7 +12,7 @@ a slow average of the first. No gradient trains it: else all outputs could becom
     python vit.py --init out/jepa/checkpoint.pt --out out/tuned   # fine-tune the target encoder
 
 Default run, seed 0, float32: accuracy of a linear probe on the patch mean 0.679, on the last four
-layers 0.760 (untrained 0.305; raw pixels 0.326); kNN 0.467. README says how many minutes it takes.
+layers 0.760 (untrained 0.305; raw pixels 0.326); kNN 0.467. README says how long it takes.
 
 Differences from the paper:
 1. `center_targets`, not LayerNorm, which leaves mostly position and color: easy to predict.
@@ -32,6 +32,7 @@ from torch import nn
 
 import data
 from common import Block, LayerNorm, PatchEmbed, patchify, sincos_2d, unpatchify
+from data import UserError
 
 # --------------------------------------------------------------------------------------- the model
 
@@ -216,7 +217,7 @@ def random_masks(B, N, share=0.6):
     -> context_idx (B, n), target_idx (1, B, K), int64."""
     K = math.ceil(share * N)  # number of target patches
     if K >= N:
-        raise data.UserError(f"masks of {share} of {N} patches leave no context; use more patches")
+        raise UserError(f"masks of {share} of {N} patches leave no context; use more patches")
     order = torch.rand(B, N).argsort(dim=1)  # for each image a random order of its patches
     return order[:, K:], order[None, :, :K]
 
@@ -248,8 +249,8 @@ def multiblock_masks(B, grid, number=4, scale=(0.15, 0.2), aspect=(0.75, 1.5), m
             # 6. From booleans to indices: nonzero lists them block by block, image by image.
             target_idx = targets.transpose(0, 1).nonzero()[:, 2]
             return context_idx, target_idx.reshape(number, B, -1)
-    raise data.UserError(f"{number} target blocks leave fewer than {min_keep} of {grid} x {grid} "
-                         "patches as context; use a smaller --patch-size, or --masking random")
+    raise UserError(f"{number} target blocks leave fewer than {min_keep} of {grid} x {grid} "
+                    "patches as context; use a smaller --patch-size, or --masking random")
 
 
 def rectangles(B, grid, number, scale, aspect):
@@ -428,13 +429,13 @@ def parse_args(argv=None):
         args.masking = "random" if args.size == "tiny" else "multiblock"
     for folder in args.compare:
         if not (pathlib.Path(folder) / "log.csv").is_file():
-            raise data.UserError(f"--compare {folder}: not the --out folder of a run of jepa.py")
+            raise UserError(f"--compare {folder}: not the --out folder of a run of jepa.py")
     if args.predictor_dim % 4 or args.predictor_dim % args.heads:
-        raise data.UserError(f"--predictor-dim {args.predictor_dim} must be a multiple of 4 and of "
-                             f"--heads {args.heads}")
+        raise UserError(f"--predictor-dim {args.predictor_dim} must be a multiple of 4 and of "
+                        f"--heads {args.heads}")
     if args.center and args.batch_size < 8:
-        raise data.UserError(f"--batch-size {args.batch_size} is too small for centered targets, "
-                             "which subtract the mean of the batch; use 8 or more, or --no-center")
+        raise UserError(f"--batch-size {args.batch_size} is too small for centered targets, "
+                        "which subtract the mean of the batch; use 8 or more, or --no-center")
     return args
 
 

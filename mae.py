@@ -28,6 +28,7 @@ from torch import nn
 
 import data
 from common import Block, LayerNorm, PatchEmbed, patchify, sincos_2d, unpatchify
+from data import UserError
 
 # --------------------------------------------------------------------------------------- the model
 
@@ -148,13 +149,13 @@ class MAE(nn.Module):
     def forward(self, images, mask_ratio=0.75, noise=None):
         """noise (B, N): the patches with the smallest numbers stay visible. Default: random."""
         if not self.has_decoder:
-            raise data.UserError("this model has no decoder; to reconstruct images, load a "
-                                 "mae_visualize_vit_*.pth or mae_pretrain_vit_*_full.pth file")
+            raise UserError("this model has no decoder; to reconstruct images, load a "
+                            "mae_visualize_vit_*.pth or mae_pretrain_vit_*_full.pth file")
         N = self.grid**2
         n = int(N * (1 - mask_ratio))  # number of visible patches
         if not 0 < n < N:
-            raise data.UserError(f"mask ratio {mask_ratio} leaves {n} of {N} patches visible: "
-                                 "at least one must be visible, and one masked")
+            raise UserError(f"mask ratio {mask_ratio} leaves {n} of {N} patches visible: "
+                            "at least one must be visible, and one masked")
 
         # Random masking: shuffle the patches, keep the first n.
         if noise is None:
@@ -259,8 +260,8 @@ def parse_args(argv=None):
                type=number(int, 1, 65536))
     args = data.parse(parser, "mae", SIZES, argv)
     if args.decoder_dim % 4 or args.decoder_dim % args.decoder_heads:
-        raise data.UserError(f"--decoder-dim {args.decoder_dim} must be a multiple of 4 and of "
-                             f"--decoder-heads {args.decoder_heads}")
+        raise UserError(f"--decoder-dim {args.decoder_dim} must be a multiple of 4 and of "
+                        f"--decoder-heads {args.decoder_heads}")
     return args
 
 

@@ -19,9 +19,8 @@ linear probe 0.407 (untrained 0.120, raw pixels 0.329); 2 min 42 s on two bfloat
 Differences from the paper:
 1. Pixels of 16 x 16, not the latents of a VAE, and a projector 256 wide, not 2048: to be quick.
 2. The default teacher is a small ViT trained on the labels for seconds: DINOv2 is a download.
-3. Lognormal times, and larger initial weights for time and class, since the run is short.
-4. Peak learning rate 8e-3 with warm-up and decay, not 1e-4; EMA at most 0.995, not 0.9999; Heun's
-   method with 15 steps, not the SDE with 250: all since the run is short.
+3. As the run is short: lognormal times, larger initial weights for time and class; peak learning
+   rate 8e-3 with decay (theirs: 1e-4), EMA at most 0.995 (0.9999), Heun with 15 steps (SDE, 250).
 """
 
 import copy
@@ -38,6 +37,7 @@ from tqdm import tqdm
 import data
 from common import MLP, Attention, Block, LayerNorm, PatchEmbed
 from common import gelu_tanh, patchify, sincos_2d, unpatchify
+from data import UserError
 
 # --------------------------------------------------------------------------------------- the model
 
@@ -609,7 +609,7 @@ def parse_args(argv=None):
     parser.add("--compare", None, "A checkpoint whose probes are drawn beside those of this run.")
     args = data.parse(parser, "repa", SIZES, argv)
     if args.align_depth > args.depth:
-        raise data.UserError(f"--align-depth {args.align_depth}: there are {args.depth} blocks")
+        raise UserError(f"--align-depth {args.align_depth}: there are {args.depth} blocks")
     return args
 
 
@@ -640,8 +640,8 @@ def check_fit(model, dataset, path):
     """UserError if the model makes other images than the data set's: no score would make sense."""
     K = len(dataset.class_names)
     if model.channels != 3 or model.null != K:
-        raise data.UserError(f"{path}: makes images of {model.channels} channels and {model.null} "
-                             f"classes; to be scored, they must be 3 and {K}")
+        raise UserError(f"{path}: makes images of {model.channels} channels and {model.null} "
+                        f"classes; to be scored, they must be 3 and {K}")
 
 
 def train(args):

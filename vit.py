@@ -30,6 +30,7 @@ from torch import nn
 
 import data
 from common import Block, LayerNorm, PatchEmbed, gelu_tanh, patchify, sincos_2d
+from data import UserError
 
 # --------------------------------------------------------------------------------------- the model
 
@@ -144,8 +145,8 @@ class ViT(nn.Module):
         the new number of patches. UserError if the patches do not divide image_size."""
         if image_size is not None:
             if image_size % self.patch_size:
-                raise data.UserError(f"patches of {self.patch_size} pixels do not divide images of "
-                                     f"{image_size}; change --image-size")
+                raise UserError(f"patches of {self.patch_size} pixels do not divide images of "
+                                f"{image_size}; change --image-size")
             self.grid = image_size // self.patch_size
             table = data.resize_table(self.pos_embed.detach(), self.grid, extra=self.extra)
             self.pos_embed = nn.Parameter(table)
@@ -312,7 +313,7 @@ def parse_args(argv=None):
                "next layer, nearer to the output; 1: all are equal.", type=number(float, 0, 1))
     args = data.parse(parser, "vit", SIZES, argv)
     if args.load and args.init:
-        raise data.UserError("--load does not train, so --init has no use; leave out one of them")
+        raise UserError("--load does not train, so --init has no use; leave out one of them")
     return args
 
 

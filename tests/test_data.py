@@ -11,6 +11,7 @@ import pickle
 import re
 import signal
 import struct
+import subprocess
 import sys
 import tarfile
 import threading
@@ -21,6 +22,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from conftest import brightness as write_images
 
 import data
@@ -912,6 +914,22 @@ def test_run_turns_errors_into_one_line(capsys, error, status, words):
         data.run(train, list)
     message = capsys.readouterr().err
     assert stop.value.code == status and message.startswith(words) and message.count("\n") == 1
+
+
+def test_an_older_python_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 9, 18))
+    monkeypatch.setattr(sys, "version", "3.9.18 (main)")
+    with pytest.raises(SystemExit):
+        data.run(None, None)
+    assert capsys.readouterr().err == "error: these scripts need Python 3.10 or newer, and this is 3.9.18\n"
+
+
+def test_another_file_of_the_name_data_is_named(tmp_path):
+    """A notebook in a folder that holds the student's own data.py: the error says which file was found."""
+    (tmp_path / "data.py").write_text("mine = 1\n", encoding="utf8")
+    code = f"import sys; sys.path.append({str(ROOT)!r}); import vit"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, encoding="utf8", timeout=120)
+    assert f"from 'data' ({tmp_path / 'data.py'})" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("words", [["--data", "imagenet"], ["--data", "none.npz"], ["--seed", "-1"], ["--sed", "1"]])
