@@ -94,7 +94,7 @@ class ImageTransformer(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """ids (B, 77) -> T_f (B, D): the output at [EOS], the only token that sees the whole text.
+    """ids (B, 77) -> T_f (B, D): the output at [EOS], the first token that sees the whole text.
 
     Inside CLIP, `dim` is the slide's d_t.
     Copy with: transformer_layers, eos_position, Block, Attention, MLP, LayerNorm, quick_gelu.
@@ -289,9 +289,9 @@ class CLIP(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, heads=None, text_heads=None, quick_gelu=True):
-        """From this script's files or OpenAI's, whose archives contain code that is run: read only
-        those that you trust. quick_gelu=False: for open_clip's files in OpenAI's names, unless the
-        model's name ends in "-quickgelu" (laion2b: False). The file itself does not tell it."""
+        """From this script's files or OpenAI's, which contain code that runs on loading: read only
+        files that you trust. open_clip's files with OpenAI's parameter names (laion2b's) need
+        quick_gelu=False, unless the model's name ends in "-quickgelu": the file does not tell."""
         with data.refuse(f"{path}: does not hold a CLIP"):
             state, sizes = data.read_clip(path, heads=heads, text_heads=text_heads)
             model = cls(**sizes, quick_gelu=quick_gelu)
@@ -379,8 +379,8 @@ class Tokenizer:
     the pairs of neighbors that are frequent are joined again. A frequent word becomes one token.
 
     Ids, in this order: 256 bytes; 256 bytes at the end of a word; one for each merge; [SOS]; [EOS].
-    They are equal to OpenAI's on ASCII. On other characters, too, but for U+0345, characters that
-    are newer than Python's tables, and wrongly decoded text, which theirs repairs (package ftfy).
+    They are equal to OpenAI's, with three exceptions: the character U+0345, characters newer than
+    Python's tables, and wrongly decoded text, which theirs repairs (package ftfy).
     Copy with: SOS, EOS, WORD, bytes_to_symbols, symbols, merge, data.clean_text,
     data.cleaning_table, data.resolve_entity, data.upper_case_entities, data.unicode_class.
     """
@@ -542,8 +542,8 @@ def draw_prompts(model, dataset, names, parts, prompts, out, amp):
 
 @torch.no_grad()
 def draw_similarity(model, dataset, tokenizer, out, amp):
-    """similarity.png: 12 test images, and below them a row for each one's caption with a square for
-    each image, the darker the more similar. A good model has a dark diagonal."""
+    """similarity.png: 12 test images; below, one row for each caption and in it one square for each
+    image: the darker, the more similar. A good model has a dark diagonal."""
     images = dataset.test_images[:12]
     captions = dataset.test_captions[:12]
     ids = tokenizer(captions, truncate=True).to(images.device)
@@ -607,9 +607,9 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """Images (B, 3, H, H), normalized -> I_f (B, 4 * dim), by attention in place of a mean.
 
-    depth: the number of layers in each stage, (3, 4, 6, 3) for RN50; one number is divided among
-    two stages. dim: the inner width of the last stage, whose output has 4 * dim; each stage before
-    it has half of the next one's.
+    depth: the number of layers in each stage, (3, 4, 6, 3) for RN50; a single number is divided
+    among two stages. dim: the inner width of the last stage, whose output has 4 * dim. Each earlier
+    stage is half as wide as the next.
     Copy with: Bottleneck, conv_and_norm, Attention.
     """
 
@@ -741,7 +741,7 @@ class Captioner(nn.Module):
         return log_p * is_text
 
     def loss(self, images, ids):
-        """-> loss: the mean of -log p over all tokens of the batch; log p (B, N - 1)."""
+        """Returns (loss, log p (B, N - 1)). The loss is the mean of -log p over all tokens."""
         log_p = self.log_p(self.clip.features(images), ids)
         number_of_tokens = eos_position(ids).sum()  # those after [SOS], with [EOS]
         return -log_p.sum() / number_of_tokens, log_p
@@ -751,7 +751,7 @@ class Captioner(nn.Module):
         first prompt of each class as the beginning of a caption, so without its [EOS]."""
         ids = prompts[:, 0]
         ids = ids[:, :eos_position(ids).max() + 1]  # (K, N)
-        is_word = ids[:, 1:] < self.head.out_features - 1  # [EOS] has the largest id, V - 1
+        is_word = ids[:, 1:] < self.head.out_features - 1  # not [EOS], V - 1; padding has log p 0
 
         def classify(images):
             scores = []
@@ -768,7 +768,8 @@ class Captioner(nn.Module):
 
 
 def paper_size(encoder, patch_size, dim, depth, text_dim, embed_dim, image_size=224):
-    """A row of the paper's table: 12 layers of text, and heads of width 64 in both encoders."""
+    """A row of the paper's table: 12 layers of text, and heads of width 64. (A ResNet ignores
+    `heads`: those of its attention pooling have that width by themselves.)"""
     return dict(image_encoder=encoder, image_size=image_size, patch_size=patch_size, dim=dim,
                 depth=depth, heads=dim // 64, text_dim=text_dim, text_depth=12,
                 text_heads=text_dim // 64, embed_dim=embed_dim)
@@ -932,7 +933,8 @@ def train(args):
     prompts = tokenize_prompts(tokenizer, names, templates).to(device)
     train_ids = tokenizer(dataset.train_captions, truncate=True).to(device)
     sides = [tokenizer.encode("left"), tokenizer.encode("right")]
-    pad = 4 if dataset.unseen_images is None else 2  # captions of `shapes` say where the shape is
+    # Only `shapes` has unseen images, and captions that tell positions: shift its images less.
+    pad = 4 if dataset.unseen_images is None else 2
     optimizer = make_optimizer(model, args, device)
     start, scores = data.resume(args, "clip", model=model, optimizer=optimizer)
     loss_function = torch.compile(model.loss) if args.compile else model.loss
@@ -948,7 +950,7 @@ def train(args):
             (out / "zero_shot.csv").unlink(missing_ok=True)
     progress = data.Progress(args, start, scores)
     for step in progress:
-        # Each step has a seed of its own, so that a resumed run repeats this one bit for bit.
+        # Each step has a seed of its own: a resumed run gives exactly what one without a stop does.
         torch.manual_seed(args.seed * 1_000_003 + step)
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:

@@ -12,14 +12,14 @@ layers find out what is in the image, and become features that a linear classifi
     python igpt.py --load pytorch_model.bin --palette kmeans_centers.npy --image-size 32
 
 Default run, seed 0, float32: 0.590 nats per pixel (4.094 for a model that knows only how frequent
-each color is); linear probe on layer 1 of 0 to 4: 0.354 (untrained 0.288, raw pixels 0.331).
+each color is); linear probe on layer 1, the best of 0 to 4, 0.354 (untrained 0.288, pixels 0.331).
 
 Differences from the paper:
 1. 256 tokens and 64 colors, not 1,024 and 512: the default run is short.
 2. The palette is k-means from random pixels; the authors published no recipe for theirs.
-3. Shift and flip; 100 steps of warm-up; gradients clipped at norm 1, as in all six scripts.
-4. Positions start as MAE's 2-D table (theirs: random with std 0.01), colors with std 0.5 (theirs:
-   0.02). With theirs a run of minutes does not learn which pixel lies above which.
+3. Images are shifted and flipped; gradients are clipped at norm 1, as in all six scripts.
+4. Positions start as MAE's 2-D table (theirs: random with std 0.01), colors and the start vector
+   with std 0.5 (0.02). With theirs a short run does not learn which pixels lie above others.
 5. 24 heads in XL, an unpublished number: 3072 / 24 = 128 is the width of M's heads.
 """
 
@@ -42,7 +42,7 @@ class ImageGPT(nn.Module):
     """tokens (B, N) int64, each one of K colors, N = H * H -> logits (B, N, K).
 
     logits[:, i] predicts token i. With objective "ar" (autoregressive) the model sees the tokens
-    before i, with "bert" all tokens but the masked ones, those with keep = 0.
+    before i, with "bert" all tokens except the masked ones (keep = 0).
     Copy with: Block, Attention, MLP, LayerNorm, Cache, quick_gelu, sincos_2d.
     """
 
@@ -145,8 +145,9 @@ class ImageGPT(nn.Module):
         return loss, class_logits
 
     def features(self, tokens, layer):
-        """tokens (B, N) -> (B, D), equation 6: the tokens after `layer` layers (0 to depth), each
-        normalized by the next layer's norm1 (in the end by the final norm), then their mean."""
+        """tokens (B, N) -> (B, D), equation 6 of the paper: the tokens after `layer` layers (0 to
+        depth), each normalized by the next layer's norm1 (in the end by the final norm), then their
+        mean."""
         x = self.embed(tokens)
         for block in self.blocks[:layer]:
             x = block(x)
@@ -413,7 +414,8 @@ def build(args):
 
 
 def read(args):
-    """The model of --load or --finetune; its sizes replace those in the options."""
+    """The model of --load or --finetune; its sizes and its objective replace those in the
+    options."""
     path = args.load or args.finetune
     model = ImageGPT.from_pretrained(path)
     if args.palette is None and not model.palette.any():
@@ -434,10 +436,10 @@ def train(args):
     device = data.pick_device(args.device)
     amp = data.autocast(device, args.precision)  # matrix products in bfloat16 where that is fast
     out = pathlib.Path(args.out)
-    # With --resume, checkpoint.pt has it all: --palette and --finetune are not read again.
+    # With --resume, weights and colors come from checkpoint.pt, not from other options' files.
     resumed = args.resume and (out / "checkpoint.pt").exists()
-    fine_tuned = args.finetune and not resumed
-    if args.load or fine_tuned:
+    starts_fine_tuning = args.finetune and not resumed
+    if args.load or starts_fine_tuning:
         model = read(args)
     if args.load:
         args.steps = 0
@@ -445,7 +447,7 @@ def train(args):
     if args.given_rows is not None and args.given_rows > args.image_size:
         raise UserError(f"--given-rows must be at most {args.image_size}, an image's rows")
     torch.manual_seed(args.seed)
-    if fine_tuned:  # with a new classifier, for the classes of this data set
+    if starts_fine_tuning:  # with a new classifier, for the classes of this data set
         model.classifier = nn.Linear(args.dim, len(dataset.class_names), bias=False)
         nn.init.zeros_(model.classifier.weight)
     elif not args.load:
@@ -469,7 +471,7 @@ def train(args):
     # Training.
     progress = data.Progress(args, start, scores)
     for step in progress:
-        # Each step has a seed of its own, so that a resumed run repeats this one bit for bit.
+        # Each step has a seed of its own: a resumed run gives exactly what one without a stop does.
         torch.manual_seed(args.seed * 1_000_003 + step)
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:

@@ -1,7 +1,7 @@
 """I-JEPA: "... a Joint-Embedding Predictive Architecture", Assran et al. 2023, arXiv 2301.08243.
 
 An encoder sees a part of the image, the context. A predictor predicts what a second encoder, which
-sees the whole image, outputs for masked patches: their meaning, not their pixels. The second one is
+sees the whole image, outputs for masked blocks: their meaning, not their pixels. The second one is
 a slow average of the first. No gradient trains it: else all outputs could become equal (collapse).
 
     loss = mean smooth_l1(predictor(encoder(context), positions), norm(target_encoder(image)))
@@ -11,12 +11,11 @@ a slow average of the first. No gradient trains it: else all outputs could becom
     python jepa.py --masking multiblock --out out/multiblock      # the masks of the paper
     python vit.py --init out/jepa/checkpoint.pt --out out/tuned   # fine-tune the target encoder
 
-Default run, seed 0, float32: accuracy of a linear probe on the patch mean 0.679, on the last four
-layers 0.760 (untrained 0.305; raw pixels 0.326); kNN 0.467. README says how long it takes.
+README says what the default run reaches, and how long it takes.
 
 Differences from the paper:
-1. `center_targets`, not LayerNorm, which leaves mostly position and color: easy to predict.
-2. `tiny` masks random patches. With the paper's blocks a short run learns less (probe 0.425).
+1. Targets: `center_targets`. After LayerNorm, they would mostly tell position and color: too easy.
+2. `tiny` masks blocks of 2 x 2 patches. With the paper's, a short run learns less (probe 0.425).
 3. MAE's initial weights, momentum 0.99 to 0.999, constant weight decay: our runs are short.
 """
 
@@ -77,15 +76,15 @@ class Encoder(nn.Module):
 
 
 class Predictor(nn.Module):
-    """Predicts the K patches target_idx (B, K) of one target block from z (B, n, D), the encoder's
-    output for the patches context_idx (B, n). -> predictions (B, K, D).
+    """Predicts the representations of the K patches target_idx (B, K) of one target block from
+    z (B, n, D), the encoder's output for the patches context_idx (B, n). -> (B, K, D).
 
     Copy with: Block, Attention, MLP, LayerNorm, sincos_2d.
     """
 
     def __init__(self, grid=8, dim=128, predictor_dim=64, predictor_depth=2, predictor_heads=4):
         super().__init__()
-        self.predictor_embed = nn.Linear(dim, predictor_dim)  # narrow: the encoder does the work
+        self.predictor_embed = nn.Linear(dim, predictor_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, predictor_dim))
         table = sincos_2d(predictor_dim, grid)[None]  # (1, N, predictor_dim), fixed
         self.predictor_pos_embed = nn.Parameter(table, requires_grad=False)
@@ -97,7 +96,7 @@ class Predictor(nn.Module):
     def forward(self, z, context_idx, target_idx):
         positions = self.predictor_pos_embed[0]  # (N, predictor_dim)
         context = self.predictor_embed(z) + positions[context_idx]  # (B, n, predictor_dim)
-        # Only its position tells one mask token from another: it asks "what is here?"
+        # Mask tokens differ only in their position. Each asks: what is here?
         queries = self.mask_token + positions[target_idx]  # (B, K, predictor_dim)
         x = torch.cat([context, queries], dim=1)  # (B, n + K, predictor_dim)
         for block in self.predictor_blocks:
@@ -130,7 +129,8 @@ class IJEPA(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """MAE's: Xavier for the Linear layers, zero biases, std 0.02 for the mask token."""
+        """MAE's: Xavier for the Linear layers, zero biases, std 0.02 for the mask token. The patch
+        projection is this repository's."""
         for module in self.modules():
             if isinstance(module, nn.Linear):  # q, k and v count as one matrix
                 nn.init.xavier_uniform_(module.weight)
@@ -148,7 +148,7 @@ class IJEPA(nn.Module):
 
     def loss(self, images, context_idx, target_idx, stop_grad=True):
         """context_idx (B, n) and target_idx (M, B, K), the patches of M target blocks
-        -> (loss: mean over blocks, patches and D; predictions (M, B, K, D))."""
+        -> (loss: mean over images, blocks, patches and D; predictions (M, B, K, D))."""
         z = self.encoder(images, context_idx)  # (B, n, D): sees the context alone
         if stop_grad:
             with torch.no_grad():
@@ -190,7 +190,7 @@ class IJEPA(nn.Module):
     @classmethod
     def from_pretrained(cls, path, heads=None, predictor_heads=None):
         """From the authors' .pth.tar, this script's file, or Hugging Face's; else UserError. The
-        last has no predictor: it starts untrained."""
+        last has no predictor: here it is an untrained one."""
         with data.refuse(f"{path}: does not hold an I-JEPA"):
             state, sizes = data.read_jepa(path, heads=heads, predictor_heads=predictor_heads)
             model = cls(**sizes)
@@ -202,24 +202,15 @@ class IJEPA(nn.Module):
 
 
 def center_targets(h):
-    """This repository's targets, (B, N, D) -> (B, N, D). Subtracts from each patch what all images
-    of the batch have at its position, and what its image has at all positions; variance 1."""
-    h = h - h.mean(dim=0, keepdim=True)  # minus what all images have at this position
-    h = h - h.mean(dim=1, keepdim=True)  # minus what this image has at all positions
-    return h / (h.std(dim=(0, 1)) + 1e-4)  # each of the D numbers gets variance 1
+    """This repository's targets, (B, N, D) -> (B, N, D). Subtracts from each token the mean of the
+    batch at its position, then the mean of its image over all positions; then each of the D numbers
+    gets variance 1."""
+    h = h - h.mean(dim=0, keepdim=True)  # what all images have in common at this position goes
+    h = h - h.mean(dim=1, keepdim=True)  # what this image has in common at all positions goes
+    return h / (h.std(dim=(0, 1)) + 1e-4)
 
 
 # --------------------------------------------------------------------------------------- the masks
-
-
-def random_masks(B, N, share=0.6):
-    """A random `share` of the N patches is the target, the rest is the context
-    -> context_idx (B, n), target_idx (1, B, K), int64."""
-    K = math.ceil(share * N)  # number of target patches
-    if K >= N:
-        raise UserError(f"masks of {share} of {N} patches leave no context; use more patches")
-    order = torch.rand(B, N).argsort(dim=1)  # for each image a random order of its patches
-    return order[:, K:], order[None, :, :K]
 
 
 def multiblock_masks(B, grid, number=4, scale=(0.15, 0.2), aspect=(0.75, 1.5), min_keep=4):
@@ -242,8 +233,8 @@ def multiblock_masks(B, grid, number=4, scale=(0.15, 0.2), aspect=(0.75, 1.5), m
         # 4. A batch needs contexts of equal size: the smallest in it decides.
         n = int(context.sum(dim=1).min())
         if n >= min_keep:
-            # 5. Of each context keep n random patches: with noise from 0 to 1, the sum is at least
-            # 1 in the context and less elsewhere.
+            # 5. Of each context keep n random patches: context + noise is at least 1 there and less
+            # than 1 elsewhere, so the n largest are random patches of the context.
             noise = torch.rand(B, grid**2)
             context_idx = (context + noise).topk(n, dim=1).indices
             # 6. From booleans to indices: nonzero lists them block by block, image by image.
@@ -256,7 +247,7 @@ def multiblock_masks(B, grid, number=4, scale=(0.15, 0.2), aspect=(0.75, 1.5), m
 def rectangles(B, grid, number, scale, aspect):
     """-> (B, number, N) bool, N = grid * grid: blocks of patches, all of one size. The share of the
     image lies between the two numbers of `scale`, height / width between those of `aspect`."""
-    area = grid**2 * torch.empty(()).uniform_(*scale).item()  # h * w, but for rounding
+    area = grid**2 * torch.empty(()).uniform_(*scale).item()  # h * w, before rounding
     ratio = torch.empty(()).uniform_(*aspect).item()  # h / w
     h = round(math.sqrt(area * ratio))
     w = round(math.sqrt(area / ratio))
@@ -264,7 +255,7 @@ def rectangles(B, grid, number, scale, aspect):
     w = min(max(w, 1), grid)
     top = torch.randint(grid - h + 1, (B, number, 1))  # each position is equally likely
     left = torch.randint(grid - w + 1, (B, number, 1))
-    # A block is where both its row and its column are True. top = 1, h = 2, left = 2, w = 3:
+    # A block is where both its row and its column are True (1). top = 1, h = 2, left = 2, w = 3:
     #                   columns  0 0 1 1 1 0
     #            rows 0          . . . . . .
     #                 1          . . # # # .
@@ -276,14 +267,49 @@ def rectangles(B, grid, number, scale, aspect):
     return (rows[:, :, :, None] & columns[:, :, None, :]).flatten(2)
 
 
-def sample_masks(masking, B, grid, device):
-    """masking "random" or "multiblock" -> context_idx (B, n), target_idx (M, B, K), on the device.
-    Copy with: random_masks, multiblock_masks, rectangles.
+def block_masks(B, grid, share=0.6, side=2):
+    """This repository's masks: blocks of side x side patches at random places hide a `share` of the
+    grid x grid patches. These K together are one target (M = 1); the rest is the context
+    -> context_idx (B, n), target_idx (1, B, K), int64.
+
+    Copy with: rectangles.
     """
-    if masking == "random":
-        context_idx, target_idx = random_masks(B, grid**2)
-    else:
+    N = grid**2
+    K = math.ceil(share * N)  # number of target patches
+    if K >= N:
+        raise UserError(f"masks of {share} of {N} patches leave no context; use more patches")
+    # 1. For each image N blocks, more than are needed. They may overlap.
+    size = side**2 / N  # share of the image
+    blocks = rectangles(B, grid, number=N, scale=(size, size), aspect=(1.0, 1.0))
+    # 2. For each patch the first block that covers it, from 0 on; N if none does.
+    block_number = torch.arange(N)[:, None]  # (N blocks, 1), beside blocks (B, N blocks, N patches)
+    first = torch.where(blocks, block_number, N).amin(dim=1)  # (B, N patches)
+    # 3. The K patches that are covered first are the targets. The last block may be cut.
+    order = first.argsort(dim=1, stable=True)
+    return order[:, K:], order[None, :, :K]
+
+
+def random_masks(B, N, share=0.6):
+    """For comparison: a random `share` of the N patches is the target, the rest is the context
+    -> context_idx (B, n), target_idx (1, B, K), int64."""
+    K = math.ceil(share * N)  # number of target patches
+    if K >= N:
+        raise UserError(f"masks of {share} of {N} patches leave no context; use more patches")
+    order = torch.rand(B, N).argsort(dim=1)  # for each image a random order of its patches
+    return order[:, K:], order[None, :, :K]
+
+
+def sample_masks(masking, B, grid, device):
+    """masking "multiblock", "blocks" or "random"
+    -> context_idx (B, n), target_idx (M, B, K), on the device.
+    Copy with: multiblock_masks, block_masks, random_masks, rectangles.
+    """
+    if masking == "multiblock":
         context_idx, target_idx = multiblock_masks(B, grid)
+    elif masking == "blocks":
+        context_idx, target_idx = block_masks(B, grid)
+    else:
+        context_idx, target_idx = random_masks(B, grid**2)
     return context_idx.to(device), target_idx.to(device)
 
 
@@ -294,7 +320,8 @@ def sample_masks(masking, B, grid, device):
 def collapse(model, dataset, amp, n=500):
     """Two measures of the features of n test images; both are small if the features have collapsed.
     feature_std: the mean over D of the std of l2_normalize(x), from 0 to 1 / sqrt(D).
-    effective_rank: exp(entropy) of the singular values, scaled to the sum 1; from 1 to D.
+    effective_rank: exp(entropy) of the singular values of the features minus their mean, scaled to
+    the sum 1; from 1 to D.
     Copy with: data.extract.
     """
     x = data.extract(model.features, dataset, dataset.test_images[:n], amp)  # (n, D)
@@ -406,8 +433,9 @@ def parse_args(argv=None):
                type=number(float, 0, 10))
     parser.add("--augment", "light", "Changes of training images; light: random shift and flip.",
                choices=["none", "light"])
-    parser.add("--masking", None, "The masks. Without it random for --size tiny, else multiblock.",
-               choices=["random", "multiblock"])
+    parser.add("--masking", None, "The masks: multiblock, the paper's; blocks, smaller ones; "
+               "random, single patches. Without it blocks for --size tiny, else multiblock.",
+               choices=["multiblock", "blocks", "random"])
     parser.add("--center", True, "Targets are centered; --no-center: the paper's LayerNorm.",
                action=argparse.BooleanOptionalAction)
     parser.add("--ema", 0.99, "The momentum of the target encoder in the first step.",
@@ -426,7 +454,7 @@ def parse_args(argv=None):
                type=number(int, 1, 65536))
     args = data.parse(parser, "jepa", SIZES, argv)
     if args.masking is None:
-        args.masking = "random" if args.size == "tiny" else "multiblock"
+        args.masking = "blocks" if args.size == "tiny" else "multiblock"
     for folder in args.compare:
         if not (pathlib.Path(folder) / "log.csv").is_file():
             raise UserError(f"--compare {folder}: not the --out folder of a run of jepa.py")
@@ -499,7 +527,7 @@ def train(args):
     # Training.
     progress = data.Progress(args, start, scores)
     for step in progress:
-        # Each step has a seed of its own, so that a resumed run repeats this one bit for bit.
+        # Each step has a seed of its own: a resumed run gives exactly what one without a stop does.
         torch.manual_seed(args.seed * 1_000_003 + step)
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:

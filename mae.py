@@ -1,10 +1,10 @@
 """Masked autoencoder (MAE): "... Are Scalable Vision Learners", He et al. 2021, arXiv 2111.06377.
 
-Mask three quarters of an image's patches, give the encoder only the visible ones, and let a small
+Mask three quarters of an image's patches, give the encoder only the visible ones, then let a small
 decoder predict the pixels of the masked ones. To fill such large holes, the encoder must find out
 what is in the image. It never processes a masked patch, which makes a step 2 to 3 times faster.
 
-    loss = sum over masked patches of mean over pixels (pred - target)^2 / number of masked patches
+    loss = 1 / (number of masked patches) * sum over masked patches of mean (pred - target)^2
 
     python mae.py                                   # the default data set, "shapes"
     python mae.py --norm-pix --out out/norm_pix     # target: each patch normalized by itself
@@ -35,7 +35,7 @@ from data import UserError
 
 def take(x, index):
     """x (B, N, D), index (B, n) -> (B, n, D): from each sequence the n tokens at its indices."""
-    index = index[:, :, None].expand(-1, -1, x.shape[2])  # gather wants one index for each number
+    index = index[:, :, None].expand(-1, -1, x.shape[2])  # gather needs the shape of its output
     return x.gather(1, index)
 
 
@@ -63,7 +63,7 @@ class MAE(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
         self.norm = LayerNorm(dim)
 
-        # The decoder is narrower and has fewer layers. Probes and fine-tuning do not use it.
+        # The decoder can be narrow and have few layers. Probes and fine-tuning do not use it.
         if self.has_decoder:
             self.decoder_embed = nn.Linear(dim, decoder_dim)
             self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
@@ -77,15 +77,16 @@ class MAE(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """The authors': Xavier for every matrix, zero biases (but one), tokens with std 0.02."""
+        """As in the authors' code: Xavier for all matrices, biases zero (except patch_embed's),
+        class and mask token normal with std 0.02, norms the identity."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):  # qkv is initialized as one matrix (3D, D)
+            if isinstance(module, nn.Linear):  # qkv counts as one matrix of 3 D rows and D columns
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
-        self.patch_embed.proj.reset_parameters()  # the bias as Conv2d draws it by default
+        self.patch_embed.proj.reset_parameters()  # for the bias: PyTorch's default for Conv2d
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # as one matrix (D, P*P*3)
         nn.init.normal_(self.cls_token, std=0.02)
         self.pos_embed[0, 1:] = sincos_2d(self.pos_embed.shape[2], self.grid)
@@ -132,8 +133,7 @@ class MAE(nn.Module):
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]  # without the class token
 
     def target(self, images):
-        """(B, 3, H, H) -> what to predict, (B, N, P*P*3): the patches of the images; with norm_pix,
-        each patch minus its own mean, divided by its own std."""
+        """(B, 3, H, H) -> what to predict, (B, N, P*P*3): the patches, with norm_pix normalized."""
         x = patchify(images, self.patch_size)
         if self.norm_pix:
             mean, std = self.patch_statistics(x)
@@ -143,7 +143,7 @@ class MAE(nn.Module):
     def patch_statistics(self, patches):
         """(B, N, P*P*3) -> mean and std of each patch, (B, N, 1) both."""
         mean = patches.mean(dim=-1, keepdim=True)
-        variance = patches.var(dim=-1, keepdim=True)  # divided by P*P*3 - 1, as theirs
+        variance = patches.var(dim=-1, keepdim=True)  # by P*P*3 - 1, as in the authors' code
         return mean, (variance + 1e-6).sqrt()
 
     def forward(self, images, mask_ratio=0.75, noise=None):
@@ -185,7 +185,7 @@ class MAE(nn.Module):
     def from_pretrained(cls, path, norm_pix=False, heads=None, decoder_heads=None):
         """From the authors' files or this script's; else UserError. norm_pix: True for the authors'
         mae_pretrain_*_full.pth, False for mae_visualize_*.pth; this script's files store their own.
-        Weights do not show the numbers of heads: give them for widths that were not released."""
+        heads, decoder_heads: needed only for widths that were not released."""
         with data.refuse(f"{path}: does not hold a masked autoencoder"):
             state, sizes = data.read_mae(path, heads=heads, decoder_heads=decoder_heads)
             sizes.setdefault("norm_pix", norm_pix)
@@ -200,8 +200,8 @@ class MAE(nn.Module):
 @torch.no_grad()
 def draw_reconstructions(model, dataset, out, args, amp):
     """16 test images, four panels each: original | masked | reconstruction | the same with the
-    visible patches pasted in. In the third panel the visible patches are noise, because no loss
-    trains their prediction. With norm_pix, each prediction gets the true patch's mean and std."""
+    visible patches pasted in. In the third, the visible patches are meaningless: no loss trains
+    them. With norm_pix, each prediction gets the true patch's mean and std."""
     P = model.patch_size
     images = dataset.normalize(dataset.test_images[:16])
     torch.manual_seed(args.seed)
@@ -300,7 +300,7 @@ def train(args):
         model = build(args)
     model.to(device)
     trained = [p for p in model.parameters() if p.requires_grad]  # all but the position tables
-    matrices = [p for p in trained if p.ndim > 1]
+    matrices = [p for p in trained if p.ndim > 1]  # and tokens
     vectors = [p for p in trained if p.ndim == 1]  # biases and norms: without weight decay
     groups = [dict(params=matrices, weight_decay=args.weight_decay),
               dict(params=vectors, weight_decay=0.0)]
@@ -316,7 +316,7 @@ def train(args):
     # Training.
     progress = data.Progress(args, start, scores)
     for step in progress:
-        # Each step has a seed of its own, so that a resumed run repeats this one bit for bit.
+        # Each step has a seed of its own: a resumed run gives exactly what one without a stop does.
         torch.manual_seed(args.seed * 1_000_003 + step)
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:

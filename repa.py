@@ -4,8 +4,8 @@ Diffusion in short: x_t = (1 - t) image + t noise goes from the image (t = 0) to
 the velocity noise - image. A network v (here SiT, Ma et al. 2024, arXiv 2401.08740) learns to guess
 the velocity from x_t, t and the class. Then it leads fresh noise back to a new image, in steps.
 
-To guess well, v must find out what x_t shows. REPA helps: a projector maps the tokens h after an
-early block; each result must get the direction of a frozen teacher's token, which saw the image.
+To guess well, v must find out what x_t shows. REPA helps: a projector maps each token h after an
+early block; it is trained to point in the direction of a frozen teacher's token for that patch.
 
     loss = mean (v(x_t, t, class) - (noise - image))^2 - 0.5 mean cos(projector(h), teacher(image))
 
@@ -19,8 +19,8 @@ linear probe 0.352 (untrained 0.126, raw pixels 0.331). README says how long it 
 Differences from the paper:
 1. Pixels of 16 x 16, not the latents of a VAE, and a projector 256 wide, not 2048: to be quick.
 2. The default teacher is a small ViT trained on the labels for seconds: DINOv2 is a download.
-3. As the run is short: lognormal times, larger initial weights for time and class; peak learning
-   rate 8e-3 with decay (theirs: 1e-4), EMA at most 0.995 (0.9999), Heun with 15 steps (SDE, 250).
+3. As the run is short: lognormal times, larger initial weights for time and class; learning rate
+   8e-3 (paper: 1e-4), decay of the averaged weights 0.995 (0.9999), 15 steps of Heun (250, SDE).
 """
 
 import copy
@@ -64,8 +64,9 @@ class SiTBlock(nn.Module):
     """A pre-norm Transformer layer for x (B, N, D), controlled by c (B, D), the sum of the time's
     and the class's embedding: "adaLN-Zero".
 
-    From c come a shift and a scale, in place of LayerNorm's beta and gamma, and a gate, a factor
-    on each branch. Gates start at zero (SiT.init_weights): at first, a block changes nothing.
+    For attention and MLP each, c gives a shift and a scale, in place of LayerNorm's beta and gamma,
+    and a gate, by which the branch's output is multiplied before it is added. Gates start at zero
+    (SiT.init_weights): at first, a block changes nothing.
     Copy with: Attention, MLP, gelu_tanh.
     """
 
@@ -144,8 +145,8 @@ class SiT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """The authors': Xavier for every matrix, zero biases, N(0, 0.02) for time and class. Gates
-        and output start at zero, and so does the first velocity."""
+        """The authors': Xavier for every matrix, zero biases, normal with std 0.02 for time and
+        class. Gates and output start at zero, so the first velocity is 0. Last, difference 3."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -215,7 +216,8 @@ class SiT(nn.Module):
         loss = (pred.to(images.dtype) - velocity).square().mean()
         out = dict(velocity=loss.detach())
 
-        # Alignment: h, which saw x_t, must point as the teacher's tokens, which saw the image.
+        # Alignment: each token h, computed from x_t, is to point in the direction of the teacher's
+        # token for the same patch, computed from the clean image.
         if z is not None:
             h = self.projector(h).to(images.dtype)  # (B, N, Z)
             h = F.normalize(h, dim=-1)
@@ -241,8 +243,8 @@ class SiT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, heads=None, sit_time=None):
-        """This script's file, REPA's last.pt or training file, or SiT-XL-2-256.pt, else UserError;
-        EMA weights if there are any. sit_time=None: decided from the file's tensors."""
+        """This script's file, REPA's last.pt or a checkpoint of its train.py, or SiT-XL-2-256.pt,
+        else UserError; averaged weights if it holds any. sit_time=None: the tensors tell it."""
         with data.refuse(f"{path}: does not hold a SiT"):
             state, sizes = data.read_sit(path, heads=heads, sit_time=sit_time)
             model = cls(**sizes)
@@ -251,8 +253,8 @@ class SiT(nn.Module):
 
 
 def draw_times(images, times):
-    """Times (B, 1, 1, 1), more often in the middle than at the ends. lognormal: the odds of noise
-    to image, t / (1 - t), are exp(n) with n ~ N(0, 1)."""
+    """Times (B, 1, 1, 1) that are not uniform. lognormal, more often in the middle than at the
+    ends: the odds of noise to image, t / (1 - t), are exp(n) with n ~ N(0, 1)."""
     if times != "lognormal":
         raise ValueError(f"times must be uniform or lognormal, not {times}")
     odds = torch.randn_like(images[:, :1, :1, :1]).exp()
@@ -308,13 +310,13 @@ def sample(model, noise, y, steps=50, method="euler", cfg=1.0, interval=(0, 1), 
 
 @torch.no_grad()
 def sample_sde(model, noise, y, steps=50, cfg=1.0, interval=(0, 1), generator=None):
-    """As `sample`, but each step (except the last) adds fresh noise. To balance it, the step also
-    removes more noise than `sample` does: the noise in x as the model estimates it.
+    """As `sample`, but each step (except the last) adds fresh noise. To balance it, each step also
+    removes more of the noise in x, as the model estimates it, than `sample` does.
 
     Copy with: guided_velocity.
     """
-    # The images come out the same on average if each step adds noise of variance w |dt|, and goes
-    # along v - w / 2 * score, not v; here w = 2 t. The score, d log p(x_t) / d x_t, points to where
+    # The distribution of images stays the same if each step follows v - w / 2 * score, not v, then
+    # adds noise of variance w |dt|; here w = 2 t. The score, d log p(x_t) / d x_t, points to where
     # x_t is more likely. It is -n / t, where n is the noise in x_t as the model guesses it:
     #     x_t = (1 - t) image + t n  and  v = n - image  give  n = x_t + (1 - t) v.
     # Many small steps are added up: in float64, where the device has it.
@@ -370,7 +372,8 @@ class Teacher(nn.Module):
     def forward(self, images):
         _, _, H, W = images.shape
         P = self.patch_size
-        # REPA stretches DINOv2's table as timm does; torch.hub's code differs by about 1 %.
+        # For other sizes the table is interpolated as timm, and so REPA, does it with DINOv2's;
+        # the result of torch.hub's code differs by about 1 %.
         table = data.resize_table(self.pos_embed, H // P, W // P, extra=self.extra)
         x = self.patch_embed(patchify(images, P))
         x = x + table[:, self.extra:]
@@ -451,8 +454,9 @@ def train_teacher(args, dataset, amp):
 
 
 def pick_teacher(args, dataset, amp, out):
-    """The frozen teacher, or None if nothing is to be aligned."""
-    path = out / "teacher.pt"  # for --resume, which finds it there even if --out was moved
+    """The frozen teacher; None with --align 0, unless a --teacher is named (a control: the same
+    network with a projector, but no alignment)."""
+    path = out / "teacher.pt"  # beside checkpoint.pt, so that --resume finds it
     is_kept = args.resume and path.exists() and (out / "checkpoint.pt").exists()
     if args.teacher is None and args.align == 0:
         return None
@@ -549,9 +553,10 @@ def probe_by_block(model, dataset, amp):
 
 def draw_samples(model, dataset, out, args, amp):
     """New images, one class a column, with the guidance --cfg."""
-    labels = dataset.train_labels.unique()[:10]
-    images = generate(model, dataset, labels=labels.repeat(8), args=args, amp=amp, cfg=args.cfg)
-    data.save_png(out / "samples.png", images, columns=len(labels))
+    classes = dataset.train_labels.unique()[:10]
+    labels = classes.repeat(8)
+    images = generate(model, dataset, labels=labels, args=args, amp=amp, cfg=args.cfg)
+    data.save_png(out / "samples.png", images, columns=len(classes))
     return ["samples.png"]
 
 
@@ -679,7 +684,7 @@ def train(args):
     # Training.
     progress = data.Progress(args, start, scores)
     for step in progress:
-        # Each step has a seed of its own, so that a resumed run repeats this one bit for bit.
+        # Each step has a seed of its own: a resumed run gives exactly what one without a stop does.
         torch.manual_seed(args.seed * 1_000_003 + step)
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
@@ -700,7 +705,8 @@ def train(args):
         progress.check(step, loss, norm)  # notes the loss; ends the run if either is not finite
         optimizer.step()
         # The weights change most at first: the decay grows from 0.1 (0.995 only at step 1,790).
-        update_average(ema, model, decay=min(args.ema, (1 + step) / (10 + step)))
+        decay = min(args.ema, (1 + step) / (10 + step))
+        update_average(ema, model, decay)
         scores = progress.scores(images_seen=(step + 1) * len(images))
         if step % 10 == 0 or step + 1 == args.steps:
             data.log(out / "log.csv", step, images_seen=scores["images_seen"], loss=scores["loss"],
@@ -708,7 +714,7 @@ def train(args):
         if progress.due(step):
             save(step + 1)
 
-    # Scores and pictures, all of the averaged weights.
+    # Scores and pictures, of the averaged weights (training.svg: of the trained ones).
     scores["velocity"] = velocity_error(ema, dataset, amp)
     scores |= frechet_scores(ema, dataset, args, amp)
     scores["teacher_seconds"] = getattr(args, "teacher_seconds", 0.0)

@@ -6,17 +6,19 @@ shifted object is the same object), it must learn from labeled examples, so it n
 
     loss = cross_entropy(head(class token of norm(blocks([class; patches E] + positions))), label)
 
+E is the linear map of the patches, and [a; b] puts a before b, as in the paper's equation 1.
+
     python vit.py                                      # the default data set, "shapes"
     python vit.py --data cifar10 --steps 17000         # CIFAR-10, 20 minutes
     python vit.py --init out/mae/checkpoint.pt --out out/tuned    # fine-tune a trained encoder
-    python vit.py --train-images 1000 --out out/few    # few labeled images, beside a small CNN
+    python vit.py --train-images 1000 --out out/few    # train on few images; compare with a CNN
 
 Default run, seed 0, float32: test accuracy 0.940 (for comparison, a linear probe on the untrained
 network: 0.302, on raw pixels: 0.326). README says how many minutes it takes on which machine.
 
 Differences from the paper:
-1. The learned position table starts as the fixed sin-cos table. From small random numbers, a model
-   of this size stays at chance for tens of thousands of images.
+1. The learned position table starts as the fixed sin-cos table. With small random numbers as the
+   start, the accuracy stays at chance for the first tens of thousands of training images.
 2. AdamW, shift and flip, and label smoothing: data sets are thousands of times smaller than JFT.
 3. No dropout anywhere, and the head is one linear layer, as in later recipes (DeiT, MAE).
 """
@@ -72,8 +74,8 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Google's: Xavier for the matrices of the blocks, zero for the head, the class token and
-        most biases. Positions start as sin-cos: see difference 1 at the top of the file."""
+        """Google's: Xavier for the matrices of the blocks, normal for the patch projection, zero
+        for the head, the class token and most biases. Ours: positions, see difference 1 above."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -82,8 +84,8 @@ class ViT(nn.Module):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
         for block in self.blocks:
-            # Xavier again: q, k and v are three matrices, and its range depends on the shape. A
-            # chunk is a view, so this fills qkv.weight.
+            # Xavier's range depends on the shape of a matrix, and qkv.weight holds three of (D, D):
+            # initialize each by itself. A chunk is a view, so this writes into qkv.weight.
             for matrix in block.attn.qkv.weight.chunk(3):  # (D, D)
                 nn.init.xavier_uniform_(matrix)
             nn.init.normal_(block.mlp.fc1.bias, std=1e-6)
@@ -98,7 +100,8 @@ class ViT(nn.Module):
             nn.init.zeros_(self.head.weight)
 
     def embed(self, images):
-        """The five steps of the slides: (B, 3, H, H) -> (B, 1 + N, D), class token first."""
+        """The five steps of the slides: (B, 3, H, H) -> (B, 1 + N, D), class token first; without
+        class token, here and below, (B, N, D)."""
         side = self.grid * self.patch_size
         if images.shape[2:] != (side, side):
             raise ValueError(f"images of {tuple(images.shape[2:])}, but the position table of this "
@@ -157,7 +160,7 @@ class ViT(nn.Module):
     def from_pretrained(cls, path, num_classes=None, image_size=None, heads=None):
         """From a vit, mae or jepa checkpoint of this repository, or a file of timm (state dict),
         Google (.npz), MAE, I-JEPA (target encoder) or DINOv2; else UserError. num_classes and
-        image_size: see `adapt`. heads: only if the width is none that was released."""
+        image_size: see `adapt`. heads: needed only if no released model has the file's width."""
         with data.refuse(f"{path}: does not hold a ViT encoder"):
             state, sizes = data.read_encoder(path, heads=heads)
             model = cls(**sizes)
@@ -199,7 +202,8 @@ def rollout(maps):
     identity = torch.eye(maps.shape[-1], device=maps.device)
     flow = identity
     for layer in maps.mean(dim=2):  # the heads' mean, (B, 1 + N, 1 + N)
-        # Half of a token comes through the attention, the other half along the residual path.
+        # Rollout assumes that half of a token comes through the attention, half past it, along the
+        # residual path.
         flow = ((layer + identity) / 2) @ flow
     n = math.isqrt(maps.shape[-1])
     if maps.shape[-1] == n * n:  # no class token: the features are the mean of the patches
@@ -222,7 +226,7 @@ def draw_filters(model, out):
     """Figure 7 left: the first 28 principal components of the D filters of the patch embedding."""
     weight = model.patch_embed.proj.weight  # (D, 3, P, P)
     filters = (weight - weight.mean(dim=0)).flatten(1)
-    components = torch.linalg.svd(filters, full_matrices=False).Vh  # one a row, (.., P*P*3)
+    components = torch.linalg.svd(filters, full_matrices=False).Vh  # one a row, (.., 3*P*P)
     images = components[:28].unflatten(1, weight.shape[1:])
     data.save_png(out / "filters.png", stretch(images), columns=7)
 
@@ -280,7 +284,7 @@ def score_classifier(classifier, dataset, amp):
 
 # ---------------------------------------------------------------------------------------- training
 
-SIZES = {  # B, L and H are the paper's; Ti and S come from DeiT
+SIZES = {  # B, L and H are the paper's; Ti and S come from DeiT; tiny is ours, for small images
     "tiny": dict(patch_size=4, dim=128, depth=4, heads=4),
     "Ti": dict(patch_size=16, dim=192, depth=12, heads=3),
     "S": dict(patch_size=16, dim=384, depth=12, heads=6),
@@ -306,8 +310,9 @@ def parse_args(argv=None):
     parser.add("--train-images", None, "Train on this number of images only, and train a small CNN "
                "on them for comparison.", type=number(int, 20))
     parser.add("--init", None, "Fine-tune this vit, mae, jepa or released file with a new head.")
-    parser.add("--normalize", None, "The mean and std of the images for --load and --init: half "
-               "(0.5) or imagenet; without it, what fits the file. DeiT's files need imagenet.",
+    parser.add("--normalize", None, "The mean and std for images with --load and --init: half is "
+               "0.5 for both, imagenet is ImageNet's. Without it, they are chosen from the file, "
+               "which is wrong only for DeiT's files: they need imagenet.",
                choices=list(data.NORMALIZE))
     parser.add("--layer-decay", 1.0, "Each layer's learning rate is this factor times that of the "
                "next layer, nearer to the output; 1: all are equal.", type=number(float, 0, 1))
@@ -357,16 +362,17 @@ def build(args):
 
 
 def read_model(args):
-    """The model of --load or --init; its sizes replace those in the options."""
+    """The model of --load or --init. Its sizes replace those in the options (with --init, not that
+    of the images: the model is adapted to them)."""
     path = args.load or args.init
     checkpoint = pathlib.Path(args.out) / "checkpoint.pt"
     if args.init and args.resume and checkpoint.exists():
-        path = checkpoint  # it has the same layers, and the file of --init may be gone by now
+        path = checkpoint  # it has the same layers, so the file of --init is no longer needed
     model = ViT.from_pretrained(path)
     args.patch_size = model.patch_size
     args.dim = len(model.norm.weight)
     args.depth = len(model.blocks)
-    # Images are normalized as they were in the training of the file.
+    # Images are normalized as in the training of the file, unless --normalize says how.
     if args.normalize is None:
         args.mean, args.std = data.statistics(path, has_head=model.num_classes > 0)
     else:
@@ -411,7 +417,7 @@ def train(args):
     # Training.
     progress = data.Progress(args, start, scores)
     for step in progress:
-        # Each step has a seed of its own, so that a resumed run repeats this one bit for bit.
+        # Each step has a seed of its own: a resumed run gives exactly what one without a stop does.
         torch.manual_seed(args.seed * 1_000_003 + step)
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
@@ -443,7 +449,7 @@ def train(args):
 
     # Scores and pictures.
     model.eval()
-    if model.num_classes == K:
+    if model.num_classes == K:  # a file of --load may have other classes, or no head
         scores["accuracy"] = score_classifier(model, dataset, amp)
     if args.train_images:
         scores["cnn"] = score_classifier(data.train_cnn(dataset, args.seed), dataset, amp)

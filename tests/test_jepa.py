@@ -231,7 +231,7 @@ def released_masks(B, side, step, min_keep=4):
     return torch.stack([context[:n] for context in contexts]), torch.stack(targets).transpose(0, 1)
 
 
-@pytest.mark.parametrize("masking, targets", [("multiblock", 4), ("random", 1)])
+@pytest.mark.parametrize("masking, targets", [("multiblock", 4), ("blocks", 1), ("random", 1)])
 def test_no_target_is_in_the_context(masking, targets):
     torch.manual_seed(0)
     for _ in range(20):
@@ -244,6 +244,29 @@ def test_no_target_is_in_the_context(masking, targets):
             rows = grids(target, 8).any(3).sum(2)
             columns = grids(target, 8).any(2).sum(2)
             assert (rows * columns == target.shape[2]).all()
+
+
+def full_squares(target, side):
+    """For each patch of target (B, H, W) bool: whether it lies in a square of side x side patches that is all target."""
+    x = target[:, None].float()
+    corners = (F.avg_pool2d(x, side, stride=1) == 1).float()
+    return F.conv_transpose2d(corners, torch.ones(1, 1, side, side))[:, 0] > 0
+
+
+def test_block_masks_are_blocks_and_leave_nothing_out():
+    torch.manual_seed(0)
+    for grid, side, share, K in ((8, 2, 0.6, 39), (8, 3, 0.5, 32), (14, 4, 0.6, 118)):
+        context, target = jepa.block_masks(32, grid, share=share, side=side)
+        assert target.shape == (1, 32, K) and context.shape == (32, grid**2 - K)
+        assert (torch.cat([context, target[0]], dim=1).sort(1).values == torch.arange(grid**2)).all()
+        target = grids(target, grid)[0]  # (32, grid, grid)
+        cut = (target & ~full_squares(target, side)).sum((1, 2))
+        assert cut.max() < side**2 and (cut == 0).any()  # all but a part of the last block
+    share = grids(jepa.block_masks(500, 8)[1], 8)[0].float().mean(0)  # how often each patch is a target
+    assert (share - share.flip(0)).abs().max() < 0.12 and (share - share.T).abs().max() < 0.12
+    assert share.min() > 0.15 and share.max() < 0.9
+    with pytest.raises(data.UserError, match="leave no context"):
+        jepa.block_masks(2, 1)
 
 
 def test_random_masks_are_fair_and_leave_nothing_out():
@@ -554,7 +577,7 @@ def test_the_paper_s_targets_are_stored_with_the_checkpoint(pictures, tmp_path):
 
 
 def test_masks_of_the_sizes():
-    assert jepa.parse_args([]).masking == "random"
+    assert jepa.parse_args([]).masking == "blocks"
     assert jepa.parse_args(["--size", "B"]).masking == "multiblock"
     assert jepa.parse_args(["--size", "B", "--masking", "random"]).masking == "random"
 

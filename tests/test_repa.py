@@ -655,6 +655,8 @@ def test_the_command_learns_draws_and_scores(script, pictures, tmp_path):
             "frechet_ceiling"} <= set(scores)
     for file in re.search(r"^wrote (.*)$", done.stdout, re.M)[1].split():
         assert (ROOT / file).stat().st_size > 100
+    width = int.from_bytes((tmp_path / "a" / "samples.png").read_bytes()[16:20], "big")
+    assert width == 2 + 3 * (96 + 2)  # a column for each class
     path = tmp_path / "a" / "checkpoint.pt"
     checkpoint = data.load_checkpoint(path, "repa")
     assert set(checkpoint) == {"script", "version", "model", "ema", "optimizer", "step", "args", "scores"}

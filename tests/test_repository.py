@@ -251,6 +251,7 @@ loss.backward()
 model.update_target(0.9)
 assert pred.shape == (1, 2, 24, 128)""",
     "jepa.random_masks": "assert random_masks(2, 64)[0].shape[0] == 2",
+    "jepa.block_masks": "assert block_masks(2, 8)[1].shape == (1, 2, 39)",
     "jepa.multiblock_masks": "assert len(multiblock_masks(2, 8)[1]) == 4",
     "repa.SiT": """model = SiT()
 y = torch.tensor([1, 2])
@@ -369,7 +370,7 @@ def test_commands_name_real_scripts_and_options():
             continue
         module = importlib.import_module(script[:-3])
         options = [word for word in words if word.startswith("--")]
-        known = vars(module.parse_args([]))
+        known = vars(module.parse_args([])) | {"help": True}
         for name in (word[2:].replace("-", "_") for word in options):
             assert {name, name.removeprefix("no_")} & set(known), (script, name)
 
@@ -384,7 +385,7 @@ def test_the_commands_for_a_gpu_are_understood():
 
 def test_options_in_the_readme_exist():
     """Also those that stand without their command: `--mask-ratio` belongs to some script."""
-    known = set()
+    known = {"help"}
     for name in MODELS:
         known |= set(vars(importlib.import_module(name).parse_args([])))
     by_hand = "".join(path.read_text(encoding="utf8") for path in ROOT.glob("tests/*.py"))
