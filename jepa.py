@@ -426,7 +426,7 @@ SIZES = {  # B, L, H and g are the paper's; a predictor has as many heads as its
 def parse_args(argv=None):
     number = data.number
     parser = data.Parser(__doc__)
-    data.common_options(parser, "jepa", SIZES, steps=1200, batch_size=64, lr=1e-3)
+    data.common_options(parser, "jepa", SIZES, steps=1600, batch_size=64, lr=1e-3)
     parser.add("--warmup", 100, "The learning rate grows linearly for this number of steps.",
                type=number(int, 0))
     parser.add("--weight-decay", 0.05, "The weight decay of all weight matrices.",
