@@ -1,8 +1,8 @@
 """I-JEPA: "... a Joint-Embedding Predictive Architecture", Assran et al. 2023, arXiv 2301.08243.
 
 An encoder sees a part of the image, the context. A predictor predicts what a second encoder, which
-sees the whole image, outputs for masked blocks: their meaning, not their pixels. The second one is
-a slow average of the first. No gradient trains it: else all outputs could become equal (collapse).
+sees it all, outputs for masked blocks: their meaning, not their pixels. The second encoder is the
+slow average of the first. No gradient trains it, or all outputs could become equal (collapse).
 
     loss = mean smooth_l1(predictor(encoder(context), positions), norm(target_encoder(image)))
 
@@ -11,7 +11,7 @@ a slow average of the first. No gradient trains it: else all outputs could becom
     python jepa.py --masking multiblock --out out/multiblock      # the masks of the paper
     python vit.py --init out/jepa/checkpoint.pt --out out/tuned   # fine-tune the target encoder
 
-README says what the default run reaches, and how long it takes.
+Default run, seed 0: linear probe on the patch mean 0.752 (untrained 0.305, pixels 0.326).
 
 Differences from the paper:
 1. Targets: `center_targets`. After LayerNorm, they would mostly tell position and color: too easy.
