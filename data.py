@@ -1476,10 +1476,16 @@ def count_heads(path, args, wanted):
 
 def harmless_classes():
     """What training files hold beside tensors: parsed options and numpy's numbers."""
-    scalar = np.float64(0).__reduce__()[0]  # the function that makes a number from its bytes
-    classes = [argparse.Namespace, np.dtype, scalar]
-    for path in ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"):
-        classes.append((scalar, path))  # its name in numpy 1 and in numpy 2
+    make_number = np.float64(0).__reduce__()[0]  # numpy's function from bytes to a number
+    classes = [argparse.Namespace, np.dtype]
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # in numpy 1, in numpy 2
+
+        def scalar(*args):
+            return make_number(*args)
+
+        scalar.__module__ = module
+        scalar.__qualname__ = "scalar"
+        classes.append(scalar)
     for kind in ("float64", "float32", "int64", "int32", "bool"):
         classes.append(type(np.dtype(kind)))
     return classes
