@@ -523,6 +523,9 @@ def test_baselines_are_kept(tmp_path):
     own.train_labels = own.train_labels.flip(0)
     assert data.baseline(pixels, own, amp) != 0.125  # other labels
     own.train_labels = own.train_labels.flip(0)
+    own.test_labels = own.test_labels.flip(0)
+    assert data.baseline(pixels, own, amp) != 0.125  # other labels of the test set
+    own.test_labels = own.test_labels.flip(0)
     for damaged in (b"", b"damaged", path.read_bytes()[:-30]):
         path.write_bytes(damaged)
         assert data.baseline(pixels, own, amp) > 0.5
@@ -532,7 +535,7 @@ def test_baselines_are_kept(tmp_path):
     for key in ("train_images", "train_labels"):
         setattr(own, key, getattr(own, key)[:1000])
     data.baseline(pixels, own, amp)
-    assert not path.exists() and len(list(tmp_path.glob("probe-*.pt"))) == 2
+    assert not path.exists() and len(list(tmp_path.glob("probe-*.pt"))) == 3
 
 
 def test_an_untrained_copy_is_where_the_training_started():
