@@ -1479,6 +1479,7 @@ def harmless_classes():
     make_number = np.float64(0).__reduce__()[0]  # numpy's function from bytes to a number
     classes = [argparse.Namespace, np.dtype]
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # in numpy 1, in numpy 2
+        # PyTorch 2.5 takes a function only under its own name, so each name needs a function.
 
         def scalar(*args):
             return make_number(*args)

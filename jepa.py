@@ -503,9 +503,9 @@ def train(args):
         args.steps = 0
         args.patch_size = model.encoder.patch_size
         args.image_size = model.encoder.grid * args.patch_size
+        # Images are normalized as in the training of the file.
+        args.mean, args.std = data.statistics(args.load, has_head=False)
     dataset = data.open_data(args, device)
-    if args.load and not data.is_own(args.load):
-        dataset.normalize_with(*data.IMAGENET)  # as the authors' files were trained
     torch.manual_seed(args.seed)
     if not args.load:
         model = build(args)

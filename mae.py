@@ -292,9 +292,9 @@ def train(args):
         args.steps = 0
         args.patch_size = model.patch_size
         args.image_size = model.grid * model.patch_size
+        # Images are normalized as in the training of the file.
+        args.mean, args.std = data.statistics(args.load, has_head=False)
     dataset = data.open_data(args, device)
-    if args.load and not data.is_own(args.load):
-        dataset.normalize_with(*data.IMAGENET)  # as the authors' files were trained
     torch.manual_seed(args.seed)
     if not args.load:
         model = build(args)

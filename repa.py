@@ -403,18 +403,16 @@ def teacher_tokens(teacher, dataset, images, grid, amp):
     """uint8 images (n, 3, H, H) -> unit tokens (n, grid * grid, Z) float16.
 
     Images are rescaled so that the teacher has as many patches as the student, grid * grid.
-    Copy with: data.IMAGENET.
+    Copy with: data.IMAGENET, data.normalize.
     """
     mean = dataset.mean
     std = dataset.std
     if teacher.imagenet:
-        mean = torch.tensor(data.IMAGENET[0], device=images.device)
-        std = torch.tensor(data.IMAGENET[1], device=images.device)
+        mean, std = data.IMAGENET
     side = grid * teacher.patch_size
     parts = []
     for x in images.split(100):  # (100, 3, H, H)
-        x = x.float() / 255
-        x = (x - mean[:, None, None]) / std[:, None, None]
+        x = data.normalize(x, mean, std)
         if x.shape[2] != side:  # 14 times the student's grid for DINOv2
             is_smaller = side < x.shape[2]
             x = F.interpolate(x, (side, side), mode="bicubic", antialias=is_smaller)

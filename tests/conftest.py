@@ -2,9 +2,11 @@ import importlib
 import os
 import pathlib
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -65,6 +67,24 @@ def difference(a, b):
         checkpoint["scores"] = {k: v for k, v in checkpoint["scores"].items() if not k.endswith("seconds")}
     parts = [part for part in ("model", "ema", "optimizer", "step", "scores") if plain(one[part]) != plain(two[part])]
     return parts + [log.name for log in a.glob("*.csv") if log.read_bytes() != (b / log.name).read_bytes()]
+
+
+def read_png(path):
+    """A decoder for what save_png writes, with every checksum verified."""
+    raw = path.read_bytes()
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n"
+    at = 8
+    chunks = {}
+    while at < len(raw):
+        n, kind = struct.unpack(">I4s", raw[at:at + 8])
+        chunks[kind] = raw[at + 8:at + 8 + n]
+        assert zlib.crc32(kind + chunks[kind]) == struct.unpack(">I", raw[at + 8 + n:at + 12 + n])[0]
+        at += 12 + n
+    W, H, depth, color, *rest = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
+    assert (depth, color, rest) == (8, 2, [0, 0, 0]) and list(chunks)[-1] == b"IEND"
+    lines = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(H, 1 + 3 * W)
+    assert (lines[:, 0] == 0).all()
+    return torch.from_numpy(lines[:, 1:].reshape(H, W, 3).copy()).permute(2, 0, 1)
 
 
 def brightness(path, n, seed=0):

@@ -4,9 +4,7 @@
 """
 
 import pathlib
-import struct
 import sys
-import zlib
 
 import numpy as np
 import torch
@@ -14,6 +12,7 @@ import torch
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
+from conftest import read_png  # noqa: E402
 
 TILE = 96  # the side of a tile in the scripts' pictures; between two tiles lies a white gap
 GAP = 2
@@ -44,18 +43,6 @@ LETTERS = {  # those of the six names, 5 wide and 8 high; # is black
 }
 
 
-def read_png(path):
-    """A picture that data.save_png wrote -> (H, W, 3) uint8."""
-    content = path.read_bytes()
-    W, H = struct.unpack(">II", content[16:24])
-    start = content.index(b"IDAT")
-    length, = struct.unpack(">I", content[start - 4:start])
-    lines = zlib.decompress(content[start + 4:start + 4 + length])
-    lines = np.frombuffer(lines, np.uint8).reshape(H, 1 + 3 * W)
-    assert not lines[:, 0].any(), f"{path}: not written by data.save_png"
-    return lines[:, 1:].reshape(H, W, 3)
-
-
 def write_name(name, zoom=3):
     """-> (8 * zoom, W, 3) uint8, black on white."""
     rows = []
@@ -68,7 +55,7 @@ def write_name(name, zoom=3):
 def draw_panel(name):
     """Name and six tiles of a script's picture -> (H, W, 3) uint8, with a white margin."""
     file, places = PANELS[name]
-    sheet = read_png(ROOT / "out" / name / file)
+    sheet = read_png(ROOT / "out" / name / file).permute(1, 2, 0).numpy()  # (H, W, 3)
     step = TILE + GAP
     panel = np.full((40 + 3 * step, 2 * step + 16, 3), 255, np.uint8)
     word = write_name(name)

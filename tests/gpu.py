@@ -11,7 +11,6 @@ the commands alone.
 
 import argparse
 import json
-import os
 import pathlib
 import statistics
 import subprocess
@@ -36,12 +35,13 @@ TEACHERS = {  # of REPA's arms; "pixels" is a file that this script writes, see 
     "untrained": "--teacher random",
     "pixels": "--teacher {out}/pixels.pt",
 }
+VIT = f"vit.py {ENCODER} {EPOCHS_100} --augment strong --lr 0.002 --warmup 980"
 SIT = "--image-size 32 --patch-size 4 --dim 256 --depth 8 --heads 4 --align-depth 3"
 
 # item -> its commands by name; {out} is the folder of all runs. The order is that of the plan.
 ITEMS = {
     "vit": {
-        "vit": f"vit.py {ENCODER} {EPOCHS_100} --augment strong --lr 0.002 --warmup 980",
+        "vit": VIT,
     },
     "repa": {
         f"repa_{name}": f"repa.py {SIT} --steps 2500 --batch-size 256 --lr 0.001 --samples 5000 {words}"
@@ -70,7 +70,7 @@ ITEMS = {
                "--teacher {out}/vit/checkpoint.pt",
     },
     "vit_seeds": {
-        f"vit_{seed}": f"vit.py {ENCODER} {EPOCHS_100} --augment strong --lr 0.002 --warmup 980 --seed {seed}"
+        f"vit_{seed}": f"{VIT} --seed {seed}"
         for seed in (1, 2)
     },
 }
@@ -81,7 +81,6 @@ SHOWN = ["accuracy", "probe", "probe_last_four", "knn", "nats_per_pixel", "probe
 def write_pixel_teacher(path):
     """A teacher whose tokens are the clean pixels of the patches, normalized: a control for REPA. Its one block adds
     nothing, as its last layers are zero, and it has no positions."""
-    torch.manual_seed(0)
     teacher = repa.Teacher(image_size=32, patch_size=4, dim=48, depth=1, heads=4)
     with torch.no_grad():
         for p in teacher.parameters():
@@ -179,7 +178,7 @@ def run(options, results, name, text, deadline):
     began = time.time()
     with open(folder / "output.txt", "w", encoding="utf8") as log:
         try:
-            subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=True, env=os.environ,
+            subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=True,
                            timeout=max(1.0, deadline - time.time()))
         except subprocess.TimeoutExpired:
             print(f"{name}: no time left; it goes on from its checkpoint the next time")

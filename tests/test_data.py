@@ -22,7 +22,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, read_png
 from conftest import brightness as write_images
 
 import data
@@ -698,24 +698,6 @@ def test_compare_logs(tmp_path):
         with pytest.raises(data.UserError, match=f"{folder.name}: holds no whole log.csv") as error:
             legend_and_curves([folder], columns)
         assert "\n" not in str(error.value)
-
-
-def read_png(path):
-    """A decoder for what save_png writes, with every checksum verified."""
-    raw = path.read_bytes()
-    assert raw[:8] == b"\x89PNG\r\n\x1a\n"
-    at = 8
-    chunks = {}
-    while at < len(raw):
-        n, kind = struct.unpack(">I4s", raw[at:at + 8])
-        chunks[kind] = raw[at + 8:at + 8 + n]
-        assert zlib.crc32(kind + chunks[kind]) == struct.unpack(">I", raw[at + 8 + n:at + 12 + n])[0]
-        at += 12 + n
-    W, H, depth, color, *rest = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
-    assert (depth, color, rest) == (8, 2, [0, 0, 0]) and list(chunks)[-1] == b"IEND"
-    lines = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(H, 1 + 3 * W)
-    assert (lines[:, 0] == 0).all()
-    return torch.from_numpy(lines[:, 1:].reshape(H, W, 3).copy()).permute(2, 0, 1)
 
 
 def test_png(tmp_path):

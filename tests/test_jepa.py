@@ -676,4 +676,4 @@ def test_help_explains_every_option(script):
     for name in vars(jepa.parse_args([])):
         if name not in ("mlp_ratio", "center"):
             assert f"  --{name.replace('_', '-')} " in done.stdout or f"  --{name.replace('_', '-')}\n" in done.stdout
-    assert "--no-center" in done.stdout
+    assert "  --center, --no-center" in done.stdout
