@@ -108,7 +108,7 @@ def script(tmp_path):
 
     def call(*words, **more):
         command = [sys.executable, *(str(word) for word in words)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf8", timeout=120, **more)
+        return subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf8", timeout=600, **more)
 
     return call
 

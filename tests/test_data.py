@@ -913,7 +913,7 @@ def test_another_file_of_the_name_data_is_named(tmp_path):
     """A notebook in a folder that holds the student's own data.py: the error says which file was found."""
     (tmp_path / "data.py").write_text("mine = 1\n", encoding="utf8")
     code = f"import sys; sys.path.append({str(ROOT)!r}); import vit"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, encoding="utf8", timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, encoding="utf8", timeout=600)
     assert f"from 'data' ({tmp_path / 'data.py'})" in done.stderr.splitlines()[-1]
 
 

@@ -830,7 +830,7 @@ def test_latents_are_not_scored(script, pictures, tmp_path):
 def test_help_explains_every_option():
     """Each option has a sentence, which ends with a full stop or with its default."""
     done = subprocess.run([sys.executable, "repa.py", "--help"], cwd=ROOT, capture_output=True, encoding="utf8",
-                          timeout=120)
+                          timeout=600)
     assert done.returncode == 0
     text = " ".join(done.stdout.split())
     for name in vars(repa.parse_args([])):
