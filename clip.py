@@ -54,16 +54,16 @@ class ImageTransformer(nn.Module):
         self.patch_size = patch_size
         self.grid = image_size // patch_size
         self.patch_embed = PatchEmbed(dim, patch_size)
-        self.patch_embed.proj.bias = None
+        self.patch_embed.proj.bias = None  # CLIP's patches have none
         self.cls_token = nn.Parameter(torch.zeros(dim))
         self.pos_embed = nn.Parameter(torch.zeros(1 + self.grid**2, dim))  # row 0: class token
         self.norm_pre = LayerNorm(dim, eps=1e-5)
-        self.blocks = transformer_layers(dim, depth, heads, quick_gelu)
+        self.blocks = transformer_layers(dim, depth, heads, quick=quick_gelu)
         self.norm = LayerNorm(dim, eps=1e-5)
 
     @torch.no_grad()
     def init_weights(self):
-        """CLIP.init_weights calls it. Xavier: a matrix gets std sqrt(2 / (inputs + outputs))."""
+        """CLIP.init_weights calls it. Layers: Xavier, so std sqrt(2 / (inputs + outputs))."""
         P = self.patch_size
         dim = len(self.cls_token)
         nn.init.normal_(self.patch_embed.proj.weight, std=(3 * P**2) ** -0.5)
@@ -105,7 +105,7 @@ class TextTransformer(nn.Module):
         super().__init__()
         self.token_embed = nn.Embedding(vocab_size, dim)
         self.pos_embed = nn.Parameter(torch.zeros(context_length, dim))
-        self.blocks = transformer_layers(dim, depth, heads, quick_gelu, causal=True)
+        self.blocks = transformer_layers(dim, depth, heads, quick=quick_gelu, causal=True)
         self.norm = LayerNorm(dim, eps=1e-5)
 
     @torch.no_grad()
@@ -225,7 +225,7 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """First PyTorch's defaults everywhere, then the changes below."""
+        """PyTorch's defaults everywhere (again, if it is called later), then the changes below."""
         for module in self.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
@@ -253,8 +253,8 @@ class CLIP(nn.Module):
         logits = self(I, T)
         # symmetric loss function
         labels = torch.arange(len(logits), device=logits.device)
-        # cross_entropy takes each row as one example. On the slide, axis=0 says that the rows are
-        # the examples, axis=1 that the columns are: so here the second one is transposed.
+        # cross_entropy takes each row as one example. We read the slide's axis=0 as "the rows are
+        # the examples", axis=1 as "the columns are": so here the second one is transposed.
         loss_i = F.cross_entropy(logits, labels)  # a row: which text belongs to this image
         loss_t = F.cross_entropy(logits.T, labels)  # a column: which image belongs to this text
         loss = (loss_i + loss_t) / 2
@@ -289,8 +289,8 @@ class CLIP(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, heads=None, text_heads=None, quick_gelu=True):
-        """From this script's files or OpenAI's, which contain code that runs on loading: read only
-        files that you trust. open_clip's files with OpenAI's parameter names (laion2b's) need
+        """From this script's files or OpenAI's. The latter contain code that runs on loading: read
+        only those that you trust. open_clip's files with OpenAI's parameter names (laion2b's) need
         quick_gelu=False, unless the model's name ends in "-quickgelu": the file does not tell."""
         with data.refuse(f"{path}: does not hold a CLIP"):
             state, sizes = data.read_clip(path, heads=heads, text_heads=text_heads)
@@ -330,7 +330,7 @@ def zero_shot(model, dataset, parts, prompts, amp, limit=None):
 SOS = "<|startoftext|>"
 EOS = "<|endoftext|>"
 # What counts as a word: [SOS], [EOS], an English ending such as 's, a run of letters, one digit, or
-# a run of other characters. Spaces are dropped.
+# a run of other characters. Spaces are dropped. Tokenizer fills in {letters} and {numbers}.
 WORD = (r"<\|startoftext\|>|<\|endoftext\|>|(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
         r"[{letters}]+|[{numbers}]|[^\s{letters}{numbers}]+")
 
@@ -596,7 +596,7 @@ class Bottleneck(nn.Module):
             *conv_and_norm(width, width, 3), nn.ReLU(), nn.AvgPool2d(stride),
             *conv_and_norm(width, 4 * width, 1))
         self.shortcut = nn.Identity()
-        if channels != 4 * width:
+        if channels != 4 * width:  # the first layer of a stage; no other has a stride
             self.shortcut = nn.Sequential(
                 nn.AvgPool2d(stride), *conv_and_norm(channels, 4 * width, 1))
 
@@ -618,7 +618,8 @@ class ResNet(nn.Module):
         if isinstance(depth, int):
             depth = (depth - depth // 2, depth // 2)
         number = len(depth)  # of stages
-        self.patch_size = 2 ** (number + 1)  # the sides of an image shrink by this factor
+        # Sides shrink by this factor: 4 in the stem, and 2 in each stage but the first.
+        self.patch_size = 2 ** (number + 1)
         self.grid = image_size // self.patch_size
         if image_size % self.patch_size or dim % 16 or dim % 2**number or min(depth) == 0:
             raise UserError(f"a ResNet of {number} stages needs --image-size divisible by "
@@ -658,7 +659,8 @@ class ResNet(nn.Module):
         nn.init.normal_(self.pool.qkv.weight, std=channels**-0.5)
         for stage in self.stages:
             for block in stage:
-                nn.init.zeros_(block.body[-1].weight)  # only the shortcut counts at first
+                # gamma of the last batch norm is zero: only the shortcut counts at first.
+                nn.init.zeros_(block.body[-1].weight)
 
     def forward(self, images):
         side = self.grid * self.patch_size
@@ -686,11 +688,12 @@ class BagOfWords(nn.Module):
         self.head = nn.Linear(clip.W_i.in_features, clip.text_encoder.token_embed.num_embeddings)
 
     def histogram(self, ids):
-        """ids (..., 77) -> (..., V): the share of each token among those of the text; sum 1."""
+        """ids (..., 77) -> (..., V): the share of each token among a text's words; sum 1, or 0 for
+        an empty text."""
         eos = eos_position(ids)[..., None]
         position = torch.arange(ids.shape[-1], device=ids.device)
         is_word = (position > 0) & (position < eos)  # neither [SOS], nor [EOS], nor padding
-        share = is_word / (eos - 1).clamp(min=1)  # all words of a text count the same
+        share = is_word / (eos - 1).clamp(min=1)  # each of its eos - 1 words counts the same
         # Add the share of each position to the entry of the token at this position.
         zeros = share.new_zeros(*ids.shape[:-1], self.head.out_features)
         return zeros.scatter_add(-1, ids, share)
@@ -743,7 +746,7 @@ class Captioner(nn.Module):
     def loss(self, images, ids):
         """Returns (loss, log p (B, N - 1)). The loss is the mean of -log p over all tokens."""
         log_p = self.log_p(self.clip.features(images), ids)
-        number_of_tokens = eos_position(ids).sum()  # those after [SOS], with [EOS]
+        number_of_tokens = eos_position(ids).sum()  # a text has as many after [SOS], with [EOS]
         return -log_p.sum() / number_of_tokens, log_p
 
     def classifier(self, prompts):
@@ -751,7 +754,8 @@ class Captioner(nn.Module):
         first prompt of each class as the beginning of a caption, so without its [EOS]."""
         ids = prompts[:, 0]
         ids = ids[:, :eos_position(ids).max() + 1]  # (K, N)
-        is_word = ids[:, 1:] < self.head.out_features - 1  # not [EOS], V - 1; padding has log p 0
+        # [EOS] is the last token, V - 1. Padding need not be excluded: its log p is 0.
+        is_word = ids[:, 1:] < self.head.out_features - 1
 
         def classify(images):
             scores = []
@@ -857,7 +861,7 @@ def load(args):
     released = not data.is_own(args.load)  # a file of OpenAI's
     if released:
         args.mean, args.std = data.OPENAI
-    args.steps = 0
+    args.steps = 0  # no training
     args.patch_size = model.image_encoder.patch_size
     args.image_size = model.image_encoder.grid * args.patch_size
     if released and not args.tokenizer:
@@ -878,10 +882,10 @@ def pick_tokenizer(args, dataset):
 
 
 def mirror(images, ids, left, right):
-    """Mirrors half of the images, and exchanges left and right in their captions.
+    """Mirrors each image with probability 1/2, and then exchanges left and right in its caption.
 
     left, right: lists of the tokens of these two words. Unless each word is a single token, it
-    cannot be exchanged, and images are not mirrored at all: their captions would become wrong.
+    cannot be exchanged, and no image is mirrored: its caption could become wrong.
     """
     if len(left) != 1 or len(right) != 1:
         return images, ids
@@ -907,7 +911,7 @@ def build(args, vocab_size):
 
 
 def make_optimizer(model, args, device):
-    """AdamW with the paper's betas and eps; weight decay for matrices alone."""
+    """AdamW with the betas and eps of the paper's ViTs; vectors have no weight decay."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]  # biases, norms, cls_token, t
     groups = [dict(params=matrices, weight_decay=args.weight_decay),
@@ -921,7 +925,7 @@ def train(args):
     device = data.pick_device(args.device)
     amp = data.autocast(device, args.precision)  # matrix products in bfloat16 where that is fast
     out = pathlib.Path(args.out)
-    if args.load:
+    if args.load:  # it sets the images' size, which open_data needs
         model, tokenizer = load(args)
     dataset = data.open_data(args, device)
     if not args.load:
@@ -945,7 +949,7 @@ def train(args):
                              args=vars(args) | {"merges": tokenizer.merges}, scores=scores)
 
     # Training.
-    if start == 0 and not args.load:
+    if start == 0 and not args.load:  # a new run does not append to an earlier run's scores
         with data.refuse(f"cannot delete {out / 'zero_shot.csv'}, which an earlier run wrote"):
             (out / "zero_shot.csv").unlink(missing_ok=True)
     progress = data.Progress(args, start, scores)
@@ -991,7 +995,7 @@ def train(args):
     if isinstance(model, CLIP):
         files += draw_similarity(model, dataset, tokenizer, out, amp=amp)
     if not args.load:
-        save(max(start, args.steps))
+        save(max(start, args.steps))  # start: a resumed run may have more steps than --steps
         files += draw_zero_shot(out, args.compare) + ["checkpoint.pt", "log.csv", "zero_shot.csv"]
     return data.report(scores, out, files)
 

@@ -177,6 +177,7 @@ class ImageGPT(nn.Module):
 
         # The others: each pass reads one pixel, the last drawn one, and draws the next.
         for i in range(n + 1, N):
+            # token is pixel i - 1. As in embed, it stands at position i, to predict pixel i.
             x = self.token_embed(token) + self.pos_embed[i]  # (B, 1, D)
             logits = self.next_logits(x, caches)
             token = self.draw_token(logits, temperature, top_k, generator)
@@ -280,7 +281,8 @@ def features_by_layer(model, tokens):
 
 def probe_by_layer(model, dataset, amp):
     """Slide "Linear Probes": the accuracy of a linear classifier on each layer, 0 to depth. Fitted
-    on 4,000 training images, scored on 1,000 others: the test images must not choose the layer."""
+    on 4,000 training images, scored on 1,000 others (of fewer than 5,000: four fifths, one fifth):
+    the test images must not choose the layer."""
 
     def features(images):
         return features_by_layer(model, model.encode(dataset.denormalize(images)))
@@ -332,7 +334,7 @@ def evaluate(model, dataset, out, args, amp):
     # The entropy: the loss of a model that knows only how frequent each color is.
     share = torch.bincount(tokens.flatten()).float() / tokens.numel()
     scores["palette_entropy"] = torch.special.entr(share).sum().item()  # sum of - p log p
-    if model.classifier.weight.any():  # it was fine-tuned
+    if model.classifier.weight.any():  # fine-tuned: without labels, it stays zero
         last = functools.partial(image_features, model=model, dataset=dataset,
                                  layer=len(model.blocks))
         x = data.extract(last, dataset, dataset.test_images, amp)
@@ -450,7 +452,7 @@ def train(args):
     if starts_fine_tuning:  # with a new classifier, for the classes of this data set
         model.classifier = nn.Linear(args.dim, len(dataset.class_names), bias=False)
         nn.init.zeros_(model.classifier.weight)
-    elif not args.load:
+    elif not args.load:  # a new run, or a resumed one, whose weights data.resume reads below
         model = build(args)
     if args.palette and not resumed:
         model.palette = data.read_palette(args.palette, args.colors)
@@ -507,7 +509,7 @@ def train(args):
     more, files = evaluate(model, dataset, out, args=args, amp=amp)
     scores |= more
     if not args.load:
-        save(max(start, args.steps))
+        save(max(start, args.steps))  # start: a resumed run may have more steps than --steps
         files += ["checkpoint.pt", "log.csv"]
     return data.report(scores, out, files)
 

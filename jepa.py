@@ -2,7 +2,7 @@
 
 An encoder sees a part of the image, the context. A predictor predicts what a second encoder, which
 sees it all, outputs for masked blocks: their meaning, not their pixels. The second encoder is the
-slow average of the first. No gradient trains it, or all outputs could become equal (collapse).
+slow average of the first. No gradient trains it: else all outputs could become equal (collapse).
 
     loss = mean smooth_l1(predictor(encoder(context), positions), norm(target_encoder(image)))
 
@@ -14,7 +14,7 @@ slow average of the first. No gradient trains it, or all outputs could become eq
 Default run, seed 0: linear probe on the patch mean 0.752 (untrained 0.305, pixels 0.326).
 
 Differences from the paper:
-1. Targets: `center_targets`. After LayerNorm, they would mostly tell position and color: too easy.
+1. Targets: `center_targets`, not LayerNorm, with which they mostly tell position and color.
 2. `tiny` masks blocks of 2 x 2 patches. With the paper's, a short run learns less (probe 0.425).
 3. MAE's initial weights, momentum 0.99 to 0.999, constant weight decay: our runs are short.
 """
@@ -155,7 +155,7 @@ class IJEPA(nn.Module):
                 h = self.target_encoder(images)  # (B, N, D): sees the whole image
         else:
             # The experiment --no-stop-grad: the trained encoder itself gives the targets, and the
-            # loss may change them, too. It is smallest if all targets are equal: collapse.
+            # loss may change them, too. Equal ones are the easiest to predict: collapse.
             h = self.encoder(images)
         h = h.to(images.dtype)  # float32, also if the encoder computed in bfloat16
         # The paper's LayerNorm has no gain and no bias. center_targets is ours: see below.
@@ -225,7 +225,7 @@ def multiblock_masks(B, grid, number=4, scale=(0.15, 0.2), aspect=(0.75, 1.5), m
     for _ in range(50):  # trials
         # 1. The target blocks. They may overlap.
         targets = rectangles(B, grid, number=number, scale=scale, aspect=aspect)  # (B, number, N)
-        # 2. The context block is a square of 85 to 100 % of the image.
+        # 2. The context block is a square of 85 to 100 % of the image, before rounding.
         context = rectangles(B, grid, number=1, scale=(0.85, 1.0), aspect=(1.0, 1.0))
         context = context[:, 0]  # (B, N)
         # 3. No context patch may be a target, else the predictor could copy.
@@ -237,7 +237,8 @@ def multiblock_masks(B, grid, number=4, scale=(0.15, 0.2), aspect=(0.75, 1.5), m
             # than 1 elsewhere, so the n largest are random patches of the context.
             noise = torch.rand(B, grid**2)
             context_idx = (context + noise).topk(n, dim=1).indices
-            # 6. From booleans to indices: nonzero lists them block by block, image by image.
+            # 6. From booleans to indices: nonzero gives a row (block, image, patch) for each True,
+            # in this order; all blocks have the same number of patches, K.
             target_idx = targets.transpose(0, 1).nonzero()[:, 2]
             return context_idx, target_idx.reshape(number, B, -1)
     raise UserError(f"{number} target blocks leave fewer than {min_keep} of {grid} x {grid} "
@@ -246,8 +247,9 @@ def multiblock_masks(B, grid, number=4, scale=(0.15, 0.2), aspect=(0.75, 1.5), m
 
 def rectangles(B, grid, number, scale, aspect):
     """-> (B, number, N) bool, N = grid * grid: blocks of patches, all of one size. The share of the
-    image lies between the two numbers of `scale`, height / width between those of `aspect`."""
-    area = grid**2 * torch.empty(()).uniform_(*scale).item()  # h * w, before rounding
+    image lies between the two numbers of `scale`, height / width between those of `aspect`; then
+    both sides are rounded."""
+    area = grid**2 * torch.empty(()).uniform_(*scale).item()  # h * w: one random number, in patches
     ratio = torch.empty(()).uniform_(*aspect).item()  # h / w
     h = round(math.sqrt(area * ratio))
     w = round(math.sqrt(area / ratio))
@@ -269,7 +271,7 @@ def rectangles(B, grid, number, scale, aspect):
 
 def block_masks(B, grid, share=0.6, side=2):
     """This repository's masks: blocks of side x side patches at random places hide a `share` of the
-    grid x grid patches. These K together are one target (M = 1); the rest is the context
+    grid x grid patches. These K patches are one target (M = 1); the rest is the context
     -> context_idx (B, n), target_idx (1, B, K), int64.
 
     Copy with: rectangles.
@@ -282,7 +284,7 @@ def block_masks(B, grid, share=0.6, side=2):
     size = side**2 / N  # share of the image
     blocks = rectangles(B, grid, number=N, scale=(size, size), aspect=(1.0, 1.0))
     # 2. For each patch the first block that covers it, from 0 on; N if none does.
-    block_number = torch.arange(N)[:, None]  # (N blocks, 1), beside blocks (B, N blocks, N patches)
+    block_number = torch.arange(N)[:, None]  # (N blocks, 1), for blocks (B, N blocks, N patches)
     first = torch.where(blocks, block_number, N).amin(dim=1)  # (B, N patches)
     # 3. The K patches that are covered first are the targets. The last block may be cut.
     order = first.argsort(dim=1, stable=True)
@@ -320,8 +322,8 @@ def sample_masks(masking, B, grid, device):
 def collapse(model, dataset, amp, n=500):
     """Two measures of the features of n test images; both are small if the features have collapsed.
     feature_std: the mean over D of the std of l2_normalize(x), from 0 to 1 / sqrt(D).
-    effective_rank: exp(entropy) of the singular values of the features minus their mean, scaled to
-    the sum 1; from 1 to D.
+    effective_rank: exp(entropy of s / sum(s)), where s are the singular values of the features
+    minus their mean; from 1 to D.
     Copy with: data.extract.
     """
     x = data.extract(model.features, dataset, dataset.test_images[:n], amp)  # (n, D)
@@ -391,7 +393,7 @@ def draw_predictions(model, dataset, out, args, amp):
         best = put(best, idx, nearest(take(truth, idx)))
     panels = [original, unpatchify(context, P), unpatchify(predicted, P), unpatchify(best, P)]
     sheet = torch.stack(panels, dim=1).flatten(0, 1)
-    data.save_png(out / "predictions.png", sheet, columns=8)
+    data.save_png(out / "predictions.png", sheet, columns=8)  # two images, four panels each
     return ["predictions.png"]
 
 
@@ -429,7 +431,7 @@ def parse_args(argv=None):
     data.common_options(parser, "jepa", SIZES, steps=1600, batch_size=64, lr=1e-3)
     parser.add("--warmup", 100, "The learning rate grows linearly for this number of steps.",
                type=number(int, 0))
-    parser.add("--weight-decay", 0.05, "The weight decay of all weight matrices.",
+    parser.add("--weight-decay", 0.05, "The weight decay of matrices and of the mask token.",
                type=number(float, 0, 10))
     parser.add("--augment", "light", "Changes of training images; light: random shift and flip.",
                choices=["none", "light"])
@@ -444,7 +446,7 @@ def parse_args(argv=None):
                type=number(float, 0, 1))
     parser.add("--no-ema", False, "The target encoder is a copy of the encoder, not an average.",
                action="store_true")
-    parser.add("--no-stop-grad", False, "Gradients flow through the targets, too: it collapses.",
+    parser.add("--no-stop-grad", False, "The trained encoder gives the targets itself: collapse.",
                action="store_true")
     parser.add("--compare", [], "The --out folders of other runs; collapse.svg shows them, too.",
                nargs="+")
@@ -521,7 +523,8 @@ def train(args):
 
     def save(step):
         data.save_checkpoint(out / "checkpoint.pt", script="jepa", model=model.state_dict(),
-                             ema=None, optimizer=optimizer.state_dict(), step=step,
+                             ema=None,  # of all weights: here the target encoder is in model
+                             optimizer=optimizer.state_dict(), step=step,
                              args=vars(args), scores=scores)
 
     # Training.
@@ -567,7 +570,7 @@ def train(args):
     files += draw_predictions(model, dataset, out=out, args=args, amp=amp)
     if not args.load:
         files += draw_collapse(out, args)
-        save(max(start, args.steps))
+        save(max(start, args.steps))  # start: a resumed run may have more steps than --steps
         files += ["checkpoint.pt", "log.csv"]
     return data.report(scores, out, files)
 

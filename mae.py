@@ -35,7 +35,7 @@ from data import UserError
 
 def take(x, index):
     """x (B, N, D), index (B, n) -> (B, n, D): from each sequence the n tokens at its indices."""
-    index = index[:, :, None].expand(-1, -1, x.shape[2])  # gather needs the shape of its output
+    index = index[:, :, None].expand(-1, -1, x.shape[2])  # shaped as the output
     return x.gather(1, index)
 
 
@@ -87,7 +87,7 @@ class MAE(nn.Module):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
         self.patch_embed.proj.reset_parameters()  # for the bias: PyTorch's default for Conv2d
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # as one matrix (D, P*P*3)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # a view: (D, P*P*3)
         nn.init.normal_(self.cls_token, std=0.02)
         self.pos_embed[0, 1:] = sincos_2d(self.pos_embed.shape[2], self.grid)
         if self.has_decoder:
@@ -105,7 +105,7 @@ class MAE(nn.Module):
         positions = self.pos_embed[:, 1:]  # (1, N, D)
         if visible is not None:  # from here on, the masked patches do not exist
             x = take(x, visible)  # (B, n, P*P*3)
-            positions = positions[0][visible]  # (B, n, D), from one table for all images
+            positions = positions[0][visible]  # (B, n, D): all images look up the same table (N, D)
         x = self.patch_embed(x) + positions  # (B, n, D)
         cls_token = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + n, D)
@@ -116,8 +116,8 @@ class MAE(nn.Module):
     def decode(self, x, restore):
         """x (B, 1 + n, D), class token and visible patches -> pixels of all patches (B, N, P*P*3).
 
-        restore (B, N): where each patch stands in the shuffled sequence, visible patches first.
-        The order [2, 0, 3, 1] puts patch 0 at position 1, so its restore begins with 1."""
+        restore (B, N): where each patch stands in the shuffled sequence, visible patches first. For
+        the order [2, 0, 3, 1] it is [1, 3, 0, 2]: patch 0 stands at position 1, patch 1 at 3."""
         x = self.decoder_embed(x)  # (B, 1 + n, decoder_dim)
         cls_token = x[:, :1]
         x = x[:, 1:]
@@ -217,14 +217,14 @@ def draw_reconstructions(model, dataset, out, args, amp):
     reconstruction = dataset.denormalize(unpatchify(pred, P))
     masked = original * (1 - mask) + 0.5 * mask  # 0.5 is gray
     pasted = original * (1 - mask) + reconstruction * mask
-    panels = [original, masked, reconstruction, pasted]
-    data.save_png(out / "reconstruction.png", torch.stack(panels, 1).flatten(0, 1), columns=8)
+    panels = torch.stack([original, masked, reconstruction, pasted], dim=1)  # (16, 4, 3, H, H)
+    data.save_png(out / "reconstruction.png", panels.flatten(0, 1), columns=8)
     return ["reconstruction.png"]
 
 
 # ---------------------------------------------------------------------------------------- training
 
-SIZES = {  # B, L, H: the paper's encoders, each with the same decoder; T: a ViT-Tiny for CIFAR-10
+SIZES = {  # B, L, H: the paper's encoders, each with the same decoder; T: of its own, for CIFAR-10
     "tiny": dict(patch_size=4, dim=128, depth=4, heads=4,
                  decoder_dim=64, decoder_depth=1, decoder_heads=2),
     "T": dict(patch_size=2, dim=192, depth=12, heads=3,
@@ -351,7 +351,7 @@ def train(args):
     if model.has_decoder:
         files += draw_reconstructions(model, dataset, out=out, args=args, amp=amp)
     if not args.load:
-        save(max(start, args.steps))
+        save(max(start, args.steps))  # start: a resumed run may have more steps than --steps
         files += ["checkpoint.pt", "log.csv"]
     return data.report(scores, out, files)
 

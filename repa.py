@@ -4,8 +4,8 @@ Diffusion in short: x_t = (1 - t) image + t noise goes from the image (t = 0) to
 the velocity noise - image. A network v (here SiT, Ma et al. 2024, arXiv 2401.08740) learns to guess
 the velocity from x_t, t and the class. Then it leads fresh noise back to a new image, in steps.
 
-To guess well, v must find out what x_t shows. REPA helps: a projector maps each token h after an
-early block; it is trained to point in the direction of a frozen teacher's token for that patch.
+To guess well, v must find out what x_t shows. REPA helps: from each token h after an early block a
+projector makes a vector, trained to point in the direction of a frozen teacher's token there.
 
     loss = mean (v(x_t, t, class) - (noise - image))^2 - 0.5 mean cos(projector(h), teacher(image))
 
@@ -19,8 +19,8 @@ linear probe 0.352 (untrained 0.126, raw pixels 0.331). README says how long it 
 Differences from the paper:
 1. Pixels of 16 x 16, not the latents of a VAE, and a projector 256 wide, not 2048: to be quick.
 2. The default teacher is a small ViT trained on the labels for seconds: DINOv2 is a download.
-3. As the run is short: lognormal times, larger initial weights for time and class; learning rate
-   8e-3 (paper: 1e-4), decay of the averaged weights 0.995 (0.9999), 15 steps of Heun (250, SDE).
+3. As the run is short: lognormal times, larger initial weights for time and class, learning rate
+   8e-3 (paper: 1e-4), averaging with up to 0.995 (0.9999), 15 steps of Heun (250 of the SDE).
 """
 
 import copy
@@ -145,13 +145,14 @@ class SiT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """The authors': Xavier for every matrix, zero biases, normal with std 0.02 for time and
-        class. Gates and output start at zero, so the first velocity is 0. Last, difference 3."""
+        """The authors' initialization: Xavier for every matrix, zero biases, normal with std 0.02
+        for time and class. Gates and output start at zero, so the first velocity is 0. Then
+        `start_larger` replaces what time and class got (difference 3)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as one matrix (D, P*P*C)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a view: (D, P*P*C)
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
@@ -163,8 +164,9 @@ class SiT(nn.Module):
         self.start_larger()  # without this line, all weights start as the authors' do
 
     def start_larger(self):
-        """Difference 3: the blocks read time and class through matrices that start at zero. With
-        inputs as small as N(0, 0.02) these hardly grow in minutes: time and class start larger."""
+        """Difference 3: the blocks read c, time and class, through adaLN_modulation, which starts
+        at zero. If c is small, so is its gradient, and it hardly grows in minutes: so c starts
+        larger."""
         nn.init.xavier_uniform_(self.t_embedder.mlp[0].weight)
         nn.init.xavier_uniform_(self.t_embedder.mlp[2].weight)
         nn.init.normal_(self.class_embed.weight, std=0.5)
@@ -237,7 +239,8 @@ class SiT(nn.Module):
         noise = torch.randn_like(images)
         x_t = 0.5 * images + 0.5 * noise
         x, c = self.embed(x_t, t, y)
-        for block in self.blocks[:layer or self.align_depth]:
+        last = layer or self.align_depth
+        for block in self.blocks[:last]:
             x = block(x, c)
         return x.mean(dim=1)
 
@@ -315,14 +318,15 @@ def sample_sde(model, noise, y, steps=50, cfg=1.0, interval=(0, 1), generator=No
 
     Copy with: guided_velocity.
     """
-    # The distribution of images stays the same if each step follows v - w / 2 * score, not v, then
-    # adds noise of variance w |dt|; here w = 2 t. The score, d log p(x_t) / d x_t, points to where
-    # x_t is more likely. It is -n / t, where n is the noise in x_t as the model guesses it:
+    # The score, d log p(x_t) / d x_t, points to where x_t is more likely: away from its noise n,
+    # as the model guesses it. It is -n / t:
     #     x_t = (1 - t) image + t n  and  v = n - image  give  n = x_t + (1 - t) v.
+    # For any w, a step along v - w / 2 * score that then adds noise of variance w |dt| leads to the
+    # same distribution of images as a step along v. Here w = 2 t.
     # Many small steps are added up: in float64, where the device has it.
     x = noise.to(torch.float32 if noise.device.type == "mps" else torch.float64)
 
-    # Near t = 0 the score is steep: the last step, from 0.04 to 0, is without fresh noise.
+    # No noise may be left in the end: the last step, from 0.04 to 0, adds none.
     times = torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist() + [0.0]
     for i in range(steps):
         t = times[i]
@@ -372,8 +376,8 @@ class Teacher(nn.Module):
     def forward(self, images):
         _, _, H, W = images.shape
         P = self.patch_size
-        # For other sizes the table is interpolated as timm, and so REPA, does it with DINOv2's;
-        # the result of torch.hub's code differs by about 1 %.
+        # For other sizes the table is interpolated as in timm, which REPA uses. DINOv2's own code
+        # (torch.hub) does it in another way: its tokens differ by about 1 %.
         table = data.resize_table(self.pos_embed, H // P, W // P, extra=self.extra)
         x = self.patch_embed(patchify(images, P))
         x = x + table[:, self.extra:]
@@ -409,11 +413,11 @@ def teacher_tokens(teacher, dataset, images, grid, amp):
     std = dataset.std
     if teacher.imagenet:
         mean, std = data.IMAGENET
-    side = grid * teacher.patch_size
+    side = grid * teacher.patch_size  # for DINOv2, 14 times the student's grid
     parts = []
     for x in images.split(100):  # (100, 3, H, H)
         x = data.normalize(x, mean, std)
-        if x.shape[2] != side:  # 14 times the student's grid for DINOv2
+        if x.shape[2] != side:
             is_smaller = side < x.shape[2]
             x = F.interpolate(x, (side, side), mode="bicubic", antialias=is_smaller)
         with amp:
@@ -435,7 +439,7 @@ def train_teacher(args, dataset, amp):
     steps = args.teacher_steps
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for step in tqdm(range(steps), desc="teacher"):
-        torch.manual_seed(args.seed * 1_000_003 + step)
+        torch.manual_seed(args.seed * 1_000_003 + step)  # as in train
         index = data.batch_index(len(dataset.train_images), 64, step, args.seed)
         index = index.to(device)
         images = data.augment(dataset.train_images[index])
@@ -452,9 +456,10 @@ def train_teacher(args, dataset, amp):
 
 
 def pick_teacher(args, dataset, amp, out):
-    """The frozen teacher; None with --align 0, unless a --teacher is named (a control: the same
-    network with a projector, but no alignment)."""
+    """The frozen teacher; None with --align 0. With --align 0 and a --teacher it is only asked for
+    its width: the model gets a projector, which is not trained (a control)."""
     path = out / "teacher.pt"  # beside checkpoint.pt, so that --resume finds it
+    # A run that goes on keeps its teacher; without checkpoint.pt it begins anew, with a new one.
     is_kept = args.resume and path.exists() and (out / "checkpoint.pt").exists()
     if args.teacher is None and args.align == 0:
         return None
@@ -642,7 +647,7 @@ def update_average(ema, model, decay):
 def check_fit(model, dataset, path):
     """UserError if the model makes other images than the data set's: no score would make sense."""
     K = len(dataset.class_names)
-    if model.channels != 3 or model.null != K:
+    if model.channels != 3 or model.null != K:  # the null class comes after the K others
         raise UserError(f"{path}: makes images of {model.channels} channels and {model.null} "
                         f"classes; to be scored, they must be 3 and {K}")
 
@@ -702,7 +707,7 @@ def train(args):
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         progress.check(step, loss, norm)  # notes the loss; ends the run if either is not finite
         optimizer.step()
-        # The weights change most at first: the decay grows from 0.1 (0.995 only at step 1,790).
+        # The weights change most at first: the decay grows from 0.1, to 0.992 after 1,100 steps.
         decay = min(args.ema, (1 + step) / (10 + step))
         update_average(ema, model, decay)
         scores = progress.scores(images_seen=(step + 1) * len(images))
@@ -712,7 +717,7 @@ def train(args):
         if progress.due(step):
             save(step + 1)
 
-    # Scores and pictures, of the averaged weights (training.svg: of the trained ones).
+    # Scores and pictures of `ema`, the averaged weights; training.svg shows the losses of `model`.
     scores["velocity"] = velocity_error(ema, dataset, amp)
     scores |= frechet_scores(ema, dataset, args, amp)
     scores["teacher_seconds"] = getattr(args, "teacher_seconds", 0.0)
@@ -723,7 +728,7 @@ def train(args):
     if not args.load:
         data.compare_logs(out / "training.svg", [out], ["velocity", "alignment"], x="step",
                           xlabel="step", ylabel="velocity loss; alignment: mean cosine")
-        save(max(start, args.steps))
+        save(max(start, args.steps))  # start: a resumed run may have more steps than --steps
         files += ["training.svg", "checkpoint.pt", "log.csv"]
     return data.report(scores, out, files)
 

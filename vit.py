@@ -96,7 +96,7 @@ class ViT(nn.Module):
         self.pos_embed[0, self.extra:] = sincos_2d(self.pos_embed.shape[2], self.grid)
         if self.cls_token is not None:
             nn.init.zeros_(self.cls_token)
-        if isinstance(self.head, nn.Linear):
+        if isinstance(self.head, nn.Linear):  # the first loop above has filled it, too
             nn.init.zeros_(self.head.weight)
 
     def embed(self, images):
@@ -144,8 +144,8 @@ class ViT(nn.Module):
         return loss, logits
 
     def adapt(self, num_classes=None, image_size=None):
-        """For fine-tuning (section 3.2): a new head, and a position table that is interpolated to
-        the new number of patches. UserError if the patches do not divide image_size."""
+        """For fine-tuning (section 3.2). num_classes: a new head. image_size: the position table is
+        interpolated to the new number of patches; UserError if patches do not divide image_size."""
         if image_size is not None:
             if image_size % self.patch_size:
                 raise UserError(f"patches of {self.patch_size} pixels do not divide images of "
@@ -160,7 +160,8 @@ class ViT(nn.Module):
     def from_pretrained(cls, path, num_classes=None, image_size=None, heads=None):
         """From a vit, mae or jepa checkpoint of this repository, or a file of timm (state dict),
         Google (.npz), MAE, I-JEPA (target encoder) or DINOv2; else UserError. num_classes and
-        image_size: see `adapt`. heads: needed only if no released model has the file's width."""
+        image_size: see `adapt`. heads: no tensor tells their number. It is that of the released
+        model of the same width; needed only if there is none."""
         with data.refuse(f"{path}: does not hold a ViT encoder"):
             state, sizes = data.read_encoder(path, heads=heads)
             model = cls(**sizes)
@@ -310,8 +311,8 @@ def parse_args(argv=None):
     parser.add("--train-images", None, "Train on this number of images only, and train a small CNN "
                "on them for comparison.", type=number(int, 20))
     parser.add("--init", None, "Fine-tune this vit, mae, jepa or released file with a new head.")
-    parser.add("--normalize", None, "The mean and std for images with --load and --init: half is "
-               "0.5 for both, imagenet is ImageNet's. Without it, they are chosen from the file, "
+    parser.add("--normalize", None, "How images of --load or --init are normalized. half: mean and "
+               "std 0.5; imagenet: ImageNet's. Without it, they are chosen from the file, "
                "which is wrong only for DeiT's files: they need imagenet.",
                choices=list(data.NORMALIZE))
     parser.add("--layer-decay", 1.0, "Each layer's learning rate is this factor times that of the "
@@ -362,12 +363,12 @@ def build(args):
 
 
 def read_model(args):
-    """The model of --load or --init. Its sizes replace those in the options (with --init, not that
-    of the images: the model is adapted to them)."""
+    """The model of --load or --init. Its sizes replace those in the options; only --image-size
+    stays with --init, as `train` adapts the model to it."""
     path = args.load or args.init
     checkpoint = pathlib.Path(args.out) / "checkpoint.pt"
     if args.init and args.resume and checkpoint.exists():
-        path = checkpoint  # it has the same layers, so the file of --init is no longer needed
+        path = checkpoint  # this run's own has the same sizes: --init's file may be gone by now
     model = ViT.from_pretrained(path)
     args.patch_size = model.patch_size
     args.dim = len(model.norm.weight)
@@ -396,7 +397,7 @@ def train(args):
         model = read_model(args)
     dataset = data.open_data(args, device)
     K = len(dataset.class_names)
-    if args.train_images:  # the probes use only these labels, too
+    if args.train_images:  # for the model, the small CNN, and the probes below
         dataset.train_images = dataset.train_images[:args.train_images]
         dataset.train_labels = dataset.train_labels[:args.train_images]
     torch.manual_seed(args.seed)
@@ -457,7 +458,7 @@ def train(args):
     scores |= data.probe_scores(dataset, model.features, untrained.features, amp)
     files = draw(model, dataset, out)
     if not args.load:
-        save(max(start, args.steps))
+        save(max(start, args.steps))  # start: a resumed run may have more steps than --steps
         files += ["checkpoint.pt", "log.csv"]
     return data.report(scores, out, files)
 
