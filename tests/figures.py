@@ -19,7 +19,7 @@ GAP = 2
 
 # script -> its picture, and which tiles (row, column) of it to show: three rows of two
 PANELS = {
-    "igpt": ("completions.png", [(0, 1), (0, 4), (4, 1), (4, 2), (6, 1), (6, 3)]),
+    "igpt": ("completions.png", [(2, 1), (2, 3), (6, 1), (6, 4), (4, 1), (4, 3)]),
     "vit": ("rollout.png", [(0, 0), (1, 0), (0, 2), (1, 2), (0, 6), (1, 6)]),
     "clip": ("similarity.png", [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]),
     "mae": ("reconstruction.png", [(0, 1), (0, 3), (1, 1), (1, 3), (4, 5), (4, 7)]),

@@ -72,10 +72,13 @@ def run(options, name, words):
 
 def training_words(options, script, images, seed):
     """The command of a run that sees a number of images."""
-    batch_size = options.batch_size or importlib.import_module(script).parse_args([]).batch_size  # the script's own
+    batch_size = options.batch_size
+    if batch_size is None:
+        batch_size = 8 if script == "igpt" else importlib.import_module(script).parse_args([]).batch_size
     words = [f"{script}.py", "--steps", str(images // batch_size), "--seed", str(seed)]
-    if options.batch_size:
-        words += ["--batch-size", str(options.batch_size)]
+    words += ["--batch-size", str(batch_size)]
+    if script == "igpt":  # the size of the other encoders, and not so few colors
+        words += ["--dim", "128", "--depth", "4", "--colors", "64"]
     return words
 
 
