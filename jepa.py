@@ -14,7 +14,7 @@ slow average of the first. No gradient trains it: else all outputs could become 
 Default run, seed 0: linear probe on the patch mean 0.752 (untrained 0.305, pixels 0.326).
 
 Differences from the paper:
-1. Targets: `center_targets`, not LayerNorm, with which they mostly tell position and color.
+1. Targets: `center_targets`. With LayerNorm they mostly tell position and color (probe 0.328).
 2. `tiny` masks blocks of 2 x 2 patches. With the paper's, a short run learns less (probe 0.425).
 3. MAE's initial weights, momentum 0.99 to 0.999, constant weight decay: our runs are short.
 """
