@@ -9,7 +9,7 @@ layers find out what is in the image, and become features that a linear classifi
     python igpt.py                                    # the default data set, "shapes", at 16 x 16
     python igpt.py --objective bert --out out/bert    # predict 15 % masked pixels from the others
     python igpt.py --finetune out/igpt/checkpoint.pt --out out/tuned    # with labels: L_gen + L_clf
-    python igpt.py --load pytorch_model.bin --palette kmeans_centers.npy --image-size 32
+    python igpt.py --load pytorch_model.bin --palette kmeans_centers.npy
 
 Default run, seed 0, float32: 0.202 nats per pixel (1.870 for a model that knows only how frequent
 each color is); linear probe on layer 2, the best of 0 to 8, 0.394 (untrained 0.264, pixels 0.331).

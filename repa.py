@@ -319,7 +319,7 @@ def sample_sde(model, noise, y, steps=50, cfg=1.0, interval=(0, 1), generator=No
     Copy with: guided_velocity.
     """
     # The score, d log p(x_t) / d x_t, points to where x_t is more likely: away from its noise n,
-    # as the model guesses it. It is -n / t:
+    # as the model guesses it. The score is -n / t:
     #     x_t = (1 - t) image + t n  and  v = n - image  give  n = x_t + (1 - t) v.
     # For any w, a step along v - w / 2 * score that then adds noise of variance w |dt| leads to the
     # same distribution of images as a step along v. Here w = 2 t.

@@ -3,8 +3,6 @@
 import argparse
 import math
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -827,10 +825,9 @@ def test_latents_are_not_scored(script, pictures, tmp_path):
     assert done.returncode == 2 and "4 channels" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_help_explains_every_option():
+def test_help_explains_every_option(script):
     """Each option has a sentence, which ends with a full stop or with its default."""
-    done = subprocess.run([sys.executable, "repa.py", "--help"], cwd=ROOT, capture_output=True, encoding="utf8",
-                          timeout=600)
+    done = script("repa.py", "--help")
     assert done.returncode == 0
     text = " ".join(done.stdout.split())
     for name in vars(repa.parse_args([])):

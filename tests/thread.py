@@ -37,6 +37,9 @@ NAMES = {
     "random": "untrained ViT",
     "pixels": "raw pixels",
 }
+OPTIONS = {  # the size of the other encoders, and not so few colors as by default
+    "igpt": ["--dim", "128", "--depth", "4", "--colors", "64", "--batch-size", "8"],
+}
 COLUMNS = {  # score -> its name in the table
     "probe": "linear",
     "knn": "kNN",
@@ -72,14 +75,11 @@ def run(options, name, words):
 
 def training_words(options, script, images, seed):
     """The command of a run that sees a number of images."""
-    batch_size = options.batch_size
-    if batch_size is None:
-        batch_size = 8 if script == "igpt" else importlib.import_module(script).parse_args([]).batch_size
-    words = [f"{script}.py", "--steps", str(images // batch_size), "--seed", str(seed)]
-    words += ["--batch-size", str(batch_size)]
-    if script == "igpt":  # the size of the other encoders, and not so few colors
-        words += ["--dim", "128", "--depth", "4", "--colors", "64"]
-    return words
+    more = OPTIONS.get(script, [])
+    if options.batch_size:
+        more = more + ["--batch-size", str(options.batch_size)]  # the last of two equal options counts
+    batch_size = importlib.import_module(script).parse_args(more).batch_size
+    return [f"{script}.py", "--steps", str(images // batch_size), "--seed", str(seed), *more]
 
 
 def tuning_words(options, script, seed):
@@ -199,7 +199,7 @@ def main():
     parser.add_argument("--data-dir", default=str(ROOT / "datasets"), help="the folder in which data sets are kept")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "out" / "thread", help="the folder of all runs")
     parser.add_argument("--images", type=int, nargs="+", default=[76800, 19200], help="seen in training")
-    parser.add_argument("--batch-size", type=int, help="default: the scripts' own")
+    parser.add_argument("--batch-size", type=int, help="default: the scripts' own, for iGPT 8")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run for each of them")
     parser.add_argument("--scripts", nargs="+", default=SCRIPTS[:-1], choices=SCRIPTS, help="all but igpt by default")
     parser.add_argument("--finetune-steps", type=int, default=400, help="0: no fine-tuning")
