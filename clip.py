@@ -20,7 +20,7 @@ Differences from the paper:
 1. Small encoders and batches, a tokenizer learned from the captions, CBOW for the text: all faster.
    Initial std: text tokens 0.5 (paper: 0.02), their positions 0.1 (0.01); the ViT as in vit.py.
 2. Random shift and mirroring (left and right exchanged in the caption), no random crops.
-3. Gradients are clipped at norm 1. `bow` and `caption` classify by log p of the prompt.
+3. Gradients are clipped at norm 1. `bow` and `caption` classify by the log p of prompts.
 """
 
 import collections
@@ -125,7 +125,8 @@ class TextTransformer(nn.Module):
                 nn.init.zeros_(linear.bias)
 
     def tokens(self, ids, prefix=None):
-        """ids (B, N) -> (B, N, D). prefix (B, n, D): vectors that stand before the text's."""
+        """ids (B, N) -> (B, N, D). prefix (B, n, D): vectors that stand before the text's, without
+        positions: Captioner puts the image there."""
         N = ids.shape[1]
         x = self.token_embed(ids) + self.pos_embed[:N]  # (B, N, D)
         if prefix is not None:
@@ -225,7 +226,8 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """PyTorch's defaults everywhere (again, if it is called later), then the changes below."""
+        """PyTorch's defaults everywhere, then the changes below. (__init__ has given the defaults
+        already; data.untrained calls this again, on a copy of a trained model.)"""
         for module in self.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
@@ -249,12 +251,14 @@ class CLIP(nn.Module):
         return logits
 
     def loss(self, I, T):
-        """The slide's last four lines: -> loss, logits (B, B)."""
+        """The slide's last four lines: -> loss, logits (B, B). As in the paper, an equal caption of
+        another image of the batch counts as wrong, too."""
         logits = self(I, T)
         # symmetric loss function
         labels = torch.arange(len(logits), device=logits.device)
         # cross_entropy takes each row as one example. We read the slide's axis=0 as "the rows are
-        # the examples", axis=1 as "the columns are": so here the second one is transposed.
+        # the examples", axis=1 as "the columns are": so here the second one is transposed. (Read
+        # the other way round, the two losses change places, and the sum is the same.)
         loss_i = F.cross_entropy(logits, labels)  # a row: which text belongs to this image
         loss_t = F.cross_entropy(logits.T, labels)  # a column: which image belongs to this text
         loss = (loss_i + loss_t) / 2
@@ -291,7 +295,8 @@ class CLIP(nn.Module):
     def from_pretrained(cls, path, heads=None, text_heads=None, quick_gelu=True):
         """From this script's files or OpenAI's. The latter contain code that runs on loading: read
         only those that you trust. open_clip's files with OpenAI's parameter names (laion2b's) need
-        quick_gelu=False, unless the model's name ends in "-quickgelu": the file does not tell."""
+        quick_gelu=False, unless the model's name ends in "-quickgelu": the file does not tell. Nor
+        does it tell the heads of both encoders; None: each is 64 wide, as in all released ones."""
         with data.refuse(f"{path}: does not hold a CLIP"):
             state, sizes = data.read_clip(path, heads=heads, text_heads=text_heads)
             model = cls(**sizes, quick_gelu=quick_gelu)
@@ -330,7 +335,8 @@ def zero_shot(model, dataset, parts, prompts, amp, limit=None):
 SOS = "<|startoftext|>"
 EOS = "<|endoftext|>"
 # What counts as a word: [SOS], [EOS], an English ending such as 's, a run of letters, one digit, or
-# a run of other characters. Spaces are dropped. Tokenizer fills in {letters} and {numbers}.
+# a run of other characters. Spaces are dropped. Tokenizer fills in {letters} and {numbers}. (All as
+# in OpenAI's pattern; (?i:...) ignores the case.)
 WORD = (r"<\|startoftext\|>|<\|endoftext\|>|(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
         r"[{letters}]+|[{numbers}]|[^\s{letters}{numbers}]+")
 
@@ -379,8 +385,8 @@ class Tokenizer:
     the pairs of neighbors that are frequent are joined again. A frequent word becomes one token.
 
     Ids, in this order: 256 bytes; 256 bytes at the end of a word; one for each merge; [SOS]; [EOS].
-    They are equal to OpenAI's, with three exceptions: the character U+0345, characters newer than
-    Python's tables, and wrongly decoded text, which theirs repairs (package ftfy).
+    With OpenAI's merges they are equal to theirs, with three exceptions: the character U+0345,
+    characters newer than Python's tables, and wrongly decoded text, which theirs repairs (ftfy).
     Copy with: SOS, EOS, WORD, bytes_to_symbols, symbols, merge, data.clean_text,
     data.cleaning_table, data.resolve_entity, data.upper_case_entities, data.unicode_class.
     """
@@ -441,7 +447,8 @@ class Tokenizer:
                 return cls(data.load_checkpoint(path, "clip")["args"]["merges"])
             with gzip.open(path, "rt", encoding="utf8") as file:
                 lines = file.read().rstrip("\n").split("\n")
-            merges = lines[1:48895]  # without the header; the file has more pairs than OpenAI uses
+            # Without the header. The file has more pairs than OpenAI uses: 49,408 tokens - 514.
+            merges = lines[1:1 + 48894]
             if not merges:
                 raise ValueError("it is empty")
             return cls(merges)
@@ -500,6 +507,7 @@ def evaluate(model, dataset, parts, prompts, args, amp):
         scores |= zero_shot(model, dataset, parts, prompts, amp=amp)
     for name, value in one_prompt.items():
         scores[f"{name}_one_prompt"] = value
+    # The linear probes, of this image encoder and of one with new weights.
     clip = model if isinstance(model, CLIP) else model.clip
     untrained = data.untrained(clip, args.seed)
     return scores | data.probe_scores(dataset, clip.features, untrained.features, amp)
@@ -563,7 +571,8 @@ def draw_similarity(model, dataset, tokenizer, out, amp):
 
 
 def draw_zero_shot(out, folders):
-    """zero_shot.svg: zero-shot accuracy during training, of this run and of those in `folders`."""
+    """zero_shot.svg: how zero-shot accuracy grew in training, on 250 images of the part "seen", in
+    this run and in those in `folders`."""
     data.compare_logs(out / "zero_shot.svg", [out, *folders], ["zero_shot_seen"], x="images_seen",
                       xlabel="images seen", ylabel="zero-shot accuracy, one prompt",
                       file="zero_shot.csv")
@@ -688,12 +697,12 @@ class BagOfWords(nn.Module):
         self.head = nn.Linear(clip.W_i.in_features, clip.text_encoder.token_embed.num_embeddings)
 
     def histogram(self, ids):
-        """ids (..., 77) -> (..., V): the share of each token among a text's words; sum 1, or 0 for
-        an empty text."""
+        """ids (..., 77) -> (..., V): the share of each token in a text; sum 1, or 0 if it is
+        empty."""
         eos = eos_position(ids)[..., None]
         position = torch.arange(ids.shape[-1], device=ids.device)
-        is_word = (position > 0) & (position < eos)  # neither [SOS], nor [EOS], nor padding
-        share = is_word / (eos - 1).clamp(min=1)  # each of its eos - 1 words counts the same
+        is_text = (position > 0) & (position < eos)  # neither [SOS], nor [EOS], nor padding
+        share = is_text / (eos - 1).clamp(min=1)  # each of its eos - 1 tokens counts the same
         # Add the share of each position to the entry of the token at this position.
         zeros = share.new_zeros(*ids.shape[:-1], self.head.out_features)
         return zeros.scatter_add(-1, ids, share)
@@ -710,8 +719,9 @@ class BagOfWords(nn.Module):
 
         def classify(images):
             log_p = self.head(self.clip.features(images)).float().log_softmax(dim=1)  # (B, V)
-            # The score of a class: the expected log p of a token that is drawn from its prompts.
-            return log_p @ weights
+            # The score of a class: the mean log p of the tokens of its prompts.
+            with torch.autocast(images.device.type, enabled=False):  # bfloat16 would give ties
+                return log_p @ weights
 
         return classify
 
@@ -738,6 +748,7 @@ class Captioner(nn.Module):
         prefix = self.prefix(I_f).unflatten(1, (4, -1))  # (B, 4, D)
         x = self.clip.text_encoder.tokens(ids[:, :-1], prefix)  # (B, N - 1, D)
         logits = self.head(x).float().transpose(1, 2)  # (B, V, N - 1)
+        # Without a mean over them, cross-entropies are the -log p of the true tokens, (B, N - 1).
         log_p = -F.cross_entropy(logits, ids[:, 1:], reduction="none")
         position = torch.arange(1, ids.shape[1], device=ids.device)
         is_text = position <= eos
@@ -746,7 +757,8 @@ class Captioner(nn.Module):
     def loss(self, images, ids):
         """Returns (loss, log p (B, N - 1)). The loss is the mean of -log p over all tokens."""
         log_p = self.log_p(self.clip.features(images), ids)
-        number_of_tokens = eos_position(ids).sum()  # a text has as many after [SOS], with [EOS]
+        # If [EOS] stands at position 5, 5 tokens are predicted: those at positions 1 to 5.
+        number_of_tokens = eos_position(ids).sum()
         return -log_p.sum() / number_of_tokens, log_p
 
     def classifier(self, prompts):
@@ -825,8 +837,10 @@ def parse_args(argv=None):
                "--size.", type=positive)
     parser.add("--text-heads", None, "The number of attention heads in a layer of the text "
                "encoder, if not that of --size.", type=positive)
-    parser.add("--tokenizer", None, "The path of OpenAI's bpe_simple_vocab_16e6.txt.gz; without it "
-               "a tokenizer is learned from the captions.")
+    parser.add("--tokenizer", None, "The path of OpenAI's bpe_simple_vocab_16e6.txt.gz, or of a "
+               "checkpoint of this script; without it a tokenizer is learned from the captions.")
+    parser.add("--exact-gelu", False, "The model of --load has the exact GELU, not OpenAI's, as "
+               "most of open_clip's models.", action="store_true")
     parser.add("--vocab-size", 1024, "The largest size of the vocabulary that is learned.",
                type=number(int, 514))
     parser.add("--compare", [], "The --out folders of other runs, to draw them into zero_shot.svg, "
@@ -834,7 +848,10 @@ def parse_args(argv=None):
     args = data.parse(parser, "clip", SIZES, argv)
     if args.objective == "caption":
         args.text_encoder = "transformer"
-    if args.text_dim % args.text_heads:
+    if args.image_encoder == "vit" and not isinstance(args.depth, int):
+        raise UserError(f"--image-encoder vit: --size {args.size} is a ResNet's; choose another "
+                        "--size or a --depth")
+    if args.text_encoder == "transformer" and args.text_dim % args.text_heads:
         raise UserError(f"--text-dim {args.text_dim} must be a multiple of --text-heads "
                         f"{args.text_heads}")
     if args.objective == "contrastive" and args.batch_size < 2:
@@ -850,16 +867,16 @@ def learning_rate(step, args):
     """Linear warm-up to the peak --lr, then half a cosine down to zero."""
     if step < args.warmup:
         return args.lr * (step + 1) / (args.warmup + 1)
-    progress = (step - args.warmup) / max(1, args.steps - args.warmup)  # from 0 to 1
+    progress = (step - args.warmup) / max(1, args.steps - args.warmup)  # from 0 towards 1
     return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def load(args):
-    """-> the model of --load and its tokenizer. Sets the size of images and patches, and how images
-    are normalized, to the model's."""
-    model = CLIP.from_pretrained(args.load)
-    released = not data.is_own(args.load)  # a file of OpenAI's
-    if released:
+    """-> the model of --load and its tokenizer. Changes args: size of images and patches, and how
+    images are normalized, become the model's."""
+    model = CLIP.from_pretrained(args.load, quick_gelu=not args.exact_gelu)
+    released = not data.is_own(args.load)  # by OpenAI or open_clip
+    if released:  # (data.parse has read these two from our own files)
         args.mean, args.std = data.OPENAI
     args.steps = 0  # no training
     args.patch_size = model.image_encoder.patch_size
@@ -892,7 +909,7 @@ def mirror(images, ids, left, right):
     is_mirrored = torch.rand(len(images), device=images.device) < 0.5
     images = torch.where(is_mirrored[:, None, None, None], images.flip(3), images)
     exchanged = torch.where(ids == left[0], right[0], ids)
-    exchanged = torch.where(ids == right[0], left[0], exchanged)
+    exchanged = torch.where(ids == right[0], left[0], exchanged)  # asks ids: "right" as it was
     return images, torch.where(is_mirrored[:, None], exchanged, ids)
 
 
@@ -937,15 +954,16 @@ def train(args):
     prompts = tokenize_prompts(tokenizer, names, templates).to(device)
     train_ids = tokenizer(dataset.train_captions, truncate=True).to(device)
     sides = [tokenizer.encode("left"), tokenizer.encode("right")]
-    # Only `shapes` has unseen images, and captions that tell positions: shift its images less.
+    # Shift images by up to 4 pixels; those of `shapes` (only it has unseen images) by 2, because
+    # their captions tell positions.
     pad = 4 if dataset.unseen_images is None else 2
     optimizer = make_optimizer(model, args, device)
     start, scores = data.resume(args, "clip", model=model, optimizer=optimizer)
     loss_function = torch.compile(model.loss) if args.compile else model.loss
 
-    def save(step):
+    def save(step, scores):
         data.save_checkpoint(out / "checkpoint.pt", script="clip", model=model.state_dict(),
-                             ema=None, optimizer=optimizer.state_dict(), step=step,
+                             optimizer=optimizer.state_dict(), step=step,
                              args=vars(args) | {"merges": tokenizer.merges}, scores=scores)
 
     # Training.
@@ -986,7 +1004,7 @@ def train(args):
             model.train()
             data.log(out / "zero_shot.csv", step, images_seen=scores["images_seen"], **found)
         if progress.due(step):
-            save(step + 1)
+            save(step + 1, scores)
 
     # Scores and pictures.
     model.eval()
@@ -995,7 +1013,7 @@ def train(args):
     if isinstance(model, CLIP):
         files += draw_similarity(model, dataset, tokenizer, out, amp=amp)
     if not args.load:
-        save(max(start, args.steps))  # start: a resumed run may have more steps than --steps
+        save(max(start, args.steps), scores)  # what was resumed may already be past --steps
         files += draw_zero_shot(out, args.compare) + ["checkpoint.pt", "log.csv", "zero_shot.csv"]
     return data.report(scores, out, files)
 

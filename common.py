@@ -1,9 +1,10 @@
-"""The lecture's recap slides in code: the Transformer parts that the six models share.
+"""The lecture's recap in code, and the other Transformer parts that the six models share.
 
 Letters, here and in every script: B images in a batch, N tokens, D width, h heads, d = D / h the
-width of a head, P patch side, K classes. Images are (B, 3, H, W), sequences are (B, N, D): a token
-is a row here and a column on the slides. "Copy with: A, B." at the end of a docstring: who copies
-this class elsewhere needs A and B, too (and data.py to read files and for its error class).
+width of a head, P patch side, K classes (iGPT: colors). Images are (B, 3, H, W), sequences are
+(B, N, D): a token is a row here and a column on the slides. "Copy with: A, B." at the end of a
+docstring: who copies this class elsewhere needs A and B, too (and data.py to read files and for its
+error class).
 """
 
 import math
@@ -59,18 +60,19 @@ class Attention(nn.Module):
         N = q.shape[2]
         M = k.shape[2]
         mask = None  # which keys a query may see: all of them
-        if self.causal and N > 1:
+        if self.causal and N > 1:  # one query alone is the last token, which may see all keys
             # The queries are the last N of M tokens: query i is token M - N + i, and sees the keys
             # up to there. tril keeps what lies on and below that diagonal.
             mask = torch.ones(N, M, dtype=torch.bool, device=x.device).tril(M - N)
 
-        # Both branches compute the same formula. In bfloat16 on a CPU, the first is the faster one.
+        # Both branches compute the same formula. The first is the faster one in bfloat16 on a CPU,
+        # up to some 500 tokens.
         if return_weights or (q.dtype == torch.bfloat16 and q.device.type == "cpu" and M <= 512):
             q = q / math.sqrt(q.shape[3])
             scores = q @ k.transpose(-2, -1)  # q k^T / sqrt(d): (B, h, N, M)
             if mask is not None:
                 scores = scores.masked_fill(~mask, -math.inf)
-            weights = scores.softmax(dim=-1)  # row n: how much token n attends to each token
+            weights = scores.softmax(dim=-1)  # a row: how much one query attends to each key
             y = weights @ v  # (B, h, N, d)
         else:
             y = self.fused(q, k, v, mask)
@@ -113,7 +115,7 @@ class Block(nn.Module):
         x = x + attention(norm(x))         x = norm(x + attention(x))
         x = x + mlp(norm(x))               x = norm(x + mlp(x))
 
-    cross=True adds the decoder's extra stage in between: attention to `context` (B, M, D).
+    cross=True adds what the slides' decoder has in between: attention to `context` (B, M, D).
     Copy with: Attention, MLP, LayerNorm.
     """
 
@@ -180,13 +182,15 @@ def unpatchify(patches, P, rows=None):
     rows = rows or math.isqrt(patches.shape[1])
     x = patches.unflatten(2, (P, P, -1)).unflatten(1, (rows, -1))  # (B, row, column, y, x, C)
     x = x.permute(0, 5, 1, 3, 2, 4)  # (B, C, row, y, column, x)
-    return x.flatten(4).flatten(2, 3)
+    return x.flatten(4).flatten(2, 3)  # row and y, column and x become one: (B, C, H, W)
 
 
 class PatchEmbed(nn.Module):
-    """Patches, not images: patchify's (B, N, P*P*C) -> tokens (B, N, D), by one trainable
-    linear map. A Conv2d on the image with kernel = stride = P is the same map; released files
-    store its weight in that form, (D, C, P, P)."""
+    """Patches from patchify, (B, N, P*P*C) -> tokens (B, N, D), by one trainable linear map.
+
+    A Conv2d on the image with kernel = stride = P is the same map. Released files store its weight
+    in that form, (D, C, P, P): so the Conv2d here holds the weight, and is never called.
+    """
 
     def __init__(self, dim, patch_size, channels=3):
         super().__init__()
@@ -198,9 +202,14 @@ class PatchEmbed(nn.Module):
 
 
 def sincos_2d(dim, rows, columns=None):
-    """The fixed position table of MAE, I-JEPA and SiT, (rows * columns, D) float32. The patch at
-    (r, c) gets, with w_k = 10000^(-k / (D/4)) and k = 0 .. D/4 - 1:
-    [sin(c w) | cos(c w) | sin(r w) | cos(r w)]: first half the column, second half the row."""
+    """A position table of fixed waves, (rows * columns, D) float32, as in MAE, I-JEPA and SiT. The
+    patch in row r and column c gets
+
+        [sin(c omega) | cos(c omega) | sin(r omega) | cos(r omega)]
+
+    omega: D/4 frequencies from fast to slow, omega_k = 10000^(-k / (D/4)). Near patches get similar
+    rows. The first half tells the column, the second half the row.
+    """
     if dim % 4:
         raise ValueError(f"a sin-cos table needs a width divisible by 4, not {dim}")
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # (D/4,)
@@ -214,10 +223,10 @@ def gelu_tanh(x):
     """The GELU of Google's ViT and of SiT; it differs from the exact one by at most 4.8e-4:
     x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))."""
     if x.dtype == torch.bfloat16 and x.device.type == "cpu":
-        return F.gelu(x)  # bfloat16 cannot tell the two apart, and this one is 3 times as fast
+        return F.gelu(x)  # in bfloat16 the difference hardly matters; this is 3 times as fast
     return F.gelu(x, approximate="tanh")
 
 
 def quick_gelu(x):
     """The GELU of Image GPT and CLIP, x * sigmoid(1.702 x): at most 0.021 from the exact one."""
-    return F.silu(1.702 * x) / 1.702  # silu(x) = x * sigmoid(x): one pass over memory, not three
+    return F.silu(1.702 * x) / 1.702  # silu(z) = z * sigmoid(z), here with z = 1.702 x

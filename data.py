@@ -994,9 +994,12 @@ NOT_REPLACED = set()  # the logs that could not be written
 
 
 def save_checkpoint(path, **content):
-    """State dicts and plain values, whole or not at all: the last good one is never damaged."""
+    """State dicts and plain values, whole or not at all: the last good one is never damaged.
+
+    Each file has the entry "ema", averaged weights, None for models without any.
+    """
     buffer = io.BytesIO()
-    torch.save(content | {"version": VERSION}, buffer)
+    torch.save({"ema": None} | content | {"version": VERSION}, buffer)
     write_file(path, buffer.getbuffer())
 
 
@@ -1525,6 +1528,15 @@ def statistics(path, has_head):
         args = own_args(read_file(path, *ENCODERS))
         return args.get("mean"), args.get("std")
     return HALF if has_head else IMAGENET
+
+
+def has_classes(path, dataset):
+    """Whether a file's head was trained for the classes of this data set, as far as the file tells.
+    path=None, a model trained on this data set: True."""
+    if path is None or not is_own(path):
+        return True
+    names = own_args(read_file(path, *ENCODERS, "igpt")).get("class_names")
+    return names is None or names == dataset.class_names
 
 
 def unwrap(content):

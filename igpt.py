@@ -18,8 +18,9 @@ Differences from the paper:
 1. 256 tokens and 8 colors, not 1,024 and 512: so few that a short run learns outlines of shapes.
 2. The palette is k-means from random pixels; the authors published no recipe for theirs.
 3. Images are shifted and flipped; gradients are clipped at norm 1, as in all six scripts.
-4. Positions start as MAE's 2-D table (theirs: random with std 0.01), colors and the start vector
-   with std 0.5 (0.02). With theirs a short run does not learn which pixels lie above others.
+4. The trained position table starts as MAE's table of rows and columns (theirs: random, std 0.01),
+   color embeddings and start vector with std 0.5 (0.02). So, unlike theirs, the model is told what
+   lies above what; a short run does not learn it.
 5. 24 heads in XL, an unpublished number: 3072 / 24 = 128 is the width of M's heads.
 """
 
@@ -61,13 +62,15 @@ class ImageGPT(nn.Module):
         norm = functools.partial(nn.RMSNorm, eps=1e-5)
         # Slide "Image GPT - Transformer Layer": the norm moved before attention and MLP. That is
         # what Block does by default.
+        is_causal = objective == "ar"
         self.blocks = nn.ModuleList(
             Block(dim, heads, mlp_ratio=mlp_ratio, bias=False, act=quick_gelu, norm=norm,
-                  causal=objective == "ar") for _ in range(depth))
+                  causal=is_causal) for _ in range(depth))
         self.norm = norm(dim)
         self.head = nn.Linear(dim, num_colors, bias=False)  # not tied to token_embed
         self.classifier = nn.Linear(dim, num_classes, bias=False)  # for fine-tuning alone
-        self.register_buffer("palette", torch.zeros(num_colors, 3))  # red, green, blue in -1..1
+        # red, green, blue from -1 to 1; all zeros: not set yet
+        self.register_buffer("palette", torch.zeros(num_colors, 3))
         self.init_weights()
 
     @torch.no_grad()
@@ -81,7 +84,8 @@ class ImageGPT(nn.Module):
             elif isinstance(module, nn.RMSNorm):
                 nn.init.ones_(module.weight)
         for block in self.blocks:
-            nn.init.normal_(block.attn.qkv.weight, std=dim**-0.5)
+            nn.init.normal_(block.attn.qkv.weight, std=dim**-0.5)  # outputs as large as inputs
+            # Smaller with more layers, since each one's output is added to the same sum.
             nn.init.normal_(block.attn.proj.weight, std=(dim * depth) ** -0.5)
         nn.init.zeros_(self.head.weight)  # all logits are 0: the first loss is log K exactly
         nn.init.zeros_(self.classifier.weight)
@@ -93,7 +97,8 @@ class ImageGPT(nn.Module):
         """(B, 3, H, H) in 0..1 -> tokens (B, N): the nearest color of each pixel, row by row."""
         x = images.flatten(2).transpose(1, 2)  # (B, N, 3)
         x = x * 2 - 1  # the scale of the palette
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would mix up similar colors
+        # Probes call this under autocast; but bfloat16 would mix up similar colors.
+        with torch.autocast(x.device.type, enabled=False):
             # |x - c|^2 = |x|^2 - 2 x c + |c|^2; here without |x|^2, the same for all colors c.
             distance = self.palette.square().sum(dim=1) - 2 * x @ self.palette.T  # (B, N, K)
         return distance.argmin(dim=-1)
@@ -111,7 +116,8 @@ class ImageGPT(nn.Module):
             start = self.start.expand(len(x), 1, -1)
             x = torch.cat([start, x[:, :-1]], dim=1)
         elif keep is not None:
-            x = x * keep[:, :, None]  # a masked pixel is zero, it keeps only its position
+            # The paper has no <mask> token: a masked pixel is zero, and keeps only its position.
+            x = x * keep[:, :, None]
         return x + self.pos_embed
 
     def forward(self, tokens, keep=None):
@@ -136,7 +142,7 @@ class ImageGPT(nn.Module):
         nats = F.cross_entropy(logits, tokens.flatten(), reduction="none").reshape(tokens.shape)
         if keep is not None:
             masked = 1 - keep
-            count = masked.sum(dim=1).clamp(min=1)  # by chance, an image may have no masked pixel
+            count = masked.sum(dim=1).clamp(min=1)  # an image may have none: it counts as 0
             nats = (nats * masked).sum(dim=1) / count  # (B,)
         loss = nats.mean()  # L_gen
         class_logits = self.classifier(x.mean(dim=1)).float()  # (B, number of classes)
@@ -145,9 +151,9 @@ class ImageGPT(nn.Module):
         return loss, class_logits
 
     def features(self, tokens, layer):
-        """tokens (B, N) -> (B, D), equation 6 of the paper: the tokens after `layer` layers (0 to
-        depth), each normalized by the next layer's norm1 (in the end by the final norm), then their
-        mean."""
+        """tokens (B, N) -> (B, D), equation 6 of the paper: the mean of what the next layer's
+        attention reads after `layer` layers (0 to depth), that is, the tokens normalized by its
+        norm1; after all layers, by the final norm."""
         x = self.embed(tokens)
         for block in self.blocks[:layer]:
             x = block(x)
@@ -161,6 +167,8 @@ class ImageGPT(nn.Module):
     def sample(self, given, temperature=1.0, top_k=None, generator=None):
         """given (B, n): the first n tokens, n from 0 to N -> (B, N), the others drawn one by one.
         For "ar" alone. Caches keep the earlier keys and values, so a pass reads only new tokens."""
+        if self.objective != "ar":
+            raise ValueError('a "bert" model sees later pixels, so it cannot be sampled in order')
         B, n = given.shape
         N = len(self.pos_embed)
         if n == N:
@@ -172,8 +180,8 @@ class ImageGPT(nn.Module):
         x = torch.cat([start, self.token_embed(given)], dim=1)  # (B, n + 1, D)
         x = x + self.pos_embed[:n + 1]
         logits = self.next_logits(x, caches)
-        token = self.draw_token(logits, temperature, top_k, generator)  # (B, 1)
-        tokens = [given, token]
+        token = self.draw_token(logits, temperature, top_k, generator)  # pixel n, (B, 1)
+        tokens = [given, token]  # the caches hold positions 0 to n
 
         # The others: each pass reads one pixel, the last drawn one, and draws the next.
         for i in range(n + 1, N):
@@ -185,7 +193,7 @@ class ImageGPT(nn.Module):
         return torch.cat(tokens, dim=1)
 
     def next_logits(self, x, caches):
-        """x (B, n, D), the embedded new tokens -> logits (B, K) of the token after them."""
+        """x (B, new, D), the embedded new tokens -> logits (B, K) of the token after them."""
         for block, cache in zip(self.blocks, caches):
             x = block(x, cache=cache)
         return self.head(self.norm(x[:, -1]))
@@ -193,7 +201,8 @@ class ImageGPT(nn.Module):
     @staticmethod
     def draw_token(logits, temperature, top_k, generator):
         """logits (B, K) -> tokens (B, 1), drawn from softmax(logits / temperature); temperature 0:
-        always the most probable token. top_k: only the k most probable tokens; None: all."""
+        always the most probable token. top_k: only the k most probable tokens, and those equal to
+        the k-th; None: all."""
         if temperature < 1e-6:  # 0, or so small that the division could overflow
             return logits.argmax(dim=-1, keepdim=True)
         logits = logits.float() / temperature
@@ -207,7 +216,8 @@ class ImageGPT(nn.Module):
     @classmethod
     def from_pretrained(cls, path, heads=None):
         """From this script's file, or Hugging Face's ImageGPTForCausalImageModeling state dict. The
-        latter has no palette (see data.read_palette). Any other file raises UserError."""
+        latter has no palette: it stays zero (see data.read_palette). Any other file raises
+        UserError. heads: a file of weights does not show them; None: as in a released size."""
         with data.refuse(f"{path}: does not hold an Image GPT"):
             state, sizes = data.read_igpt(path, heads=heads)
             model = cls(**sizes)
@@ -231,7 +241,7 @@ def fit_palette(images, colors, seed=0, pixels=50_000, iterations=10):
         # Give each pixel to its nearest color, then move each color to the mean of its pixels.
         distance, nearest = torch.cdist(x, palette).min(dim=1)  # both (pixels,)
         count = torch.bincount(nearest, minlength=colors)
-        total = torch.zeros_like(palette).index_add(0, nearest, x)
+        total = torch.zeros_like(palette).index_add(0, nearest, x)  # sum of each color's pixels
         palette = total / count[:, None].clamp(min=1)
         unused = (count == 0).nonzero()[:, 0]
         worst = distance.topk(len(unused)).indices
@@ -281,8 +291,8 @@ def features_by_layer(model, tokens):
 
 def probe_by_layer(model, dataset, amp):
     """Slide "Linear Probes": the accuracy of a linear classifier on each layer, 0 to depth. Fitted
-    on 4,000 training images, scored on 1,000 others (of fewer than 5,000: four fifths, one fifth):
-    the test images must not choose the layer."""
+    on four fifths of at most 5,000 training images, scored on the last fifth: the test images must
+    not choose the layer."""
 
     def features(images):
         return features_by_layer(model, model.encode(dataset.denormalize(images)))
@@ -326,15 +336,16 @@ def draw_completions(model, tokens, out, args, amp):
 
 
 def evaluate(model, dataset, out, args, amp):
-    """-> (all scores, the names of the pictures that it draws)."""
-    torch.manual_seed(args.seed)
+    """-> (the scores of a trained model, the names of the pictures that it draws)."""
+    torch.manual_seed(args.seed)  # for the masks of "bert"
     tokens = torch.cat([model.encode(x.float() / 255) for x in dataset.test_images.split(500)])
     scores = {}
     scores["nats_per_pixel"] = nats_per_pixel(model, tokens, amp)
     # The entropy: the loss of a model that knows only how frequent each color is.
     share = torch.bincount(tokens.flatten()).float() / tokens.numel()
     scores["palette_entropy"] = torch.special.entr(share).sum().item()  # sum of - p log p
-    if model.classifier.weight.any():  # fine-tuned: without labels, it stays zero
+    # Without labels, the classifier gets no gradient and stays zero; else the model is fine-tuned.
+    if model.classifier.weight.any() and data.has_classes(args.load, dataset):
         last = functools.partial(image_features, model=model, dataset=dataset,
                                  layer=len(model.blocks))
         x = data.extract(last, dataset, dataset.test_images, amp)
@@ -348,7 +359,7 @@ def evaluate(model, dataset, out, args, amp):
     best = curve.index(max(curve))
     print(f"the probe on held-out training images is best on layer {best}")
     scores["probe_by_layer"] = curve
-    untrained = data.untrained(model, args.seed)
+    untrained = data.untrained(model, args.seed)  # a copy with new weights and the same palette
     features = functools.partial(image_features, model=model, dataset=dataset, layer=best)
     random_features = functools.partial(image_features, model=untrained, dataset=dataset,
                                         layer=best)
@@ -361,7 +372,7 @@ def evaluate(model, dataset, out, args, amp):
 
 # ---------------------------------------------------------------------------------------- training
 
-SIZES = {  # a token is a pixel: patches of 1. S to XL have 76M, 455M, 1.4B and 6.8B parameters
+SIZES = {  # S to XL have 76M, 455M, 1.4B and 6.8B parameters. patch_size 1: a token is a pixel
     "tiny": dict(image_size=16, patch_size=1, dim=64, depth=8, heads=4, colors=8),
     "S": dict(image_size=32, patch_size=1, dim=512, depth=24, heads=8, colors=512),
     "M": dict(image_size=32, patch_size=1, dim=1024, depth=36, heads=8, colors=512),
@@ -404,20 +415,20 @@ def learning_rate(step, args):
     """Linear warm-up to the peak --lr, then half a cosine down to zero."""
     if step < args.warmup:
         return args.lr * (step + 1) / (args.warmup + 1)
-    progress = (step - args.warmup) / max(1, args.steps - args.warmup)  # from 0 to 1
+    progress = (step - args.warmup) / max(1, args.steps - args.warmup)  # from 0 towards 1
     return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def build(args):
-    """A new model with the sizes in the options."""
+    """A new model with the sizes in the options, and the classes of the data set (open_data)."""
     return ImageGPT(image_size=args.image_size, dim=args.dim, depth=args.depth, heads=args.heads,
                     num_colors=args.colors, num_classes=len(args.class_names),
                     objective=args.objective)
 
 
 def read(args):
-    """The model of --load or --finetune; its sizes and its objective replace those in the
-    options."""
+    """The model of --load or --finetune. Changes args: its sizes and its objective replace those in
+    the options; with --load there is no training."""
     path = args.load or args.finetune
     model = ImageGPT.from_pretrained(path)
     if args.palette is None and not model.palette.any():
@@ -429,6 +440,8 @@ def read(args):
     args.depth = len(model.blocks)
     args.heads = model.blocks[0].attn.heads
     args.colors = len(model.palette)
+    if args.load:
+        args.steps = 0
     return model
 
 
@@ -438,13 +451,12 @@ def train(args):
     device = data.pick_device(args.device)
     amp = data.autocast(device, args.precision)  # matrix products in bfloat16 where that is fast
     out = pathlib.Path(args.out)
-    # With --resume, weights and colors come from checkpoint.pt, not from other options' files.
+    # A new run: build, then fit_palette. --load: read. --finetune: read, and a new classifier.
+    # --resume: build with the checkpoint's options, and data.resume reads weights and colors.
     resumed = args.resume and (out / "checkpoint.pt").exists()
     starts_fine_tuning = args.finetune and not resumed
     if args.load or starts_fine_tuning:
-        model = read(args)
-    if args.load:
-        args.steps = 0
+        model = read(args)  # first: open_data rescales to this model's image size
     dataset = data.open_data(args, device)
     if args.given_rows is not None and args.given_rows > args.image_size:
         raise UserError(f"--given-rows must be at most {args.image_size}, an image's rows")
@@ -452,7 +464,7 @@ def train(args):
     if starts_fine_tuning:  # with a new classifier, for the classes of this data set
         model.classifier = nn.Linear(args.dim, len(dataset.class_names), bias=False)
         nn.init.zeros_(model.classifier.weight)
-    elif not args.load:  # a new run, or a resumed one, whose weights data.resume reads below
+    elif not args.load:
         model = build(args)
     if args.palette and not resumed:
         model.palette = data.read_palette(args.palette, args.colors)
@@ -465,9 +477,9 @@ def train(args):
     start, scores = data.resume(args, "igpt", model=model, optimizer=optimizer)
     loss_function = torch.compile(model.loss) if args.compile else model.loss
 
-    def save(step):
+    def save(step, scores):
         data.save_checkpoint(out / "checkpoint.pt", script="igpt", model=model.state_dict(),
-                             ema=None, optimizer=optimizer.state_dict(), step=step,
+                             optimizer=optimizer.state_dict(), step=step,
                              args=vars(args), scores=scores)
 
     # Training.
@@ -502,14 +514,14 @@ def train(args):
             data.log(out / "log.csv", step, images_seen=scores["images_seen"], loss=scores["loss"],
                      lr=lr)
         if progress.due(step):
-            save(step + 1)
+            save(step + 1, scores)
 
     # Scores and pictures.
     model.eval()
     more, files = evaluate(model, dataset, out, args=args, amp=amp)
     scores |= more
     if not args.load:
-        save(max(start, args.steps))  # start: a resumed run may have more steps than --steps
+        save(max(start, args.steps), scores)  # what was resumed may already be past --steps
         files += ["checkpoint.pt", "log.csv"]
     return data.report(scores, out, files)
 

@@ -1,8 +1,8 @@
 """I-JEPA: "... a Joint-Embedding Predictive Architecture", Assran et al. 2023, arXiv 2301.08243.
 
-An encoder sees a part of the image, the context. A predictor predicts what a second encoder, which
-sees it all, outputs for masked blocks: their meaning, not their pixels. The second encoder is the
-slow average of the first. No gradient trains it: else all outputs could become equal (collapse).
+An encoder sees a part of the image, the context (the slide's "one block"). A predictor predicts
+what a second encoder, which sees it all, outputs for masked blocks around it: meaning, not pixels.
+The second is the slow average of the first: trained by gradients, all outputs could become equal.
 
     loss = mean smooth_l1(predictor(encoder(context), positions), norm(target_encoder(image)))
 
@@ -14,8 +14,8 @@ slow average of the first. No gradient trains it: else all outputs could become 
 Default run, seed 0: linear probe on the patch mean 0.752 (untrained 0.305, pixels 0.326).
 
 Differences from the paper:
-1. Targets: `center_targets`. With LayerNorm they mostly tell position and color (probe 0.328).
-2. `tiny` masks blocks of 2 x 2 patches. With the paper's, a short run learns less (probe 0.425).
+1. norm is `center_targets`. LayerNorm's targets mostly tell position and color (probe 0.328).
+2. `tiny` masks blocks of 2 x 2 patches: probe 0.622 after 1,200 steps, with the paper's 0.425.
 3. MAE's initial weights, momentum 0.99 to 0.999, constant weight decay: our runs are short.
 """
 
@@ -38,7 +38,7 @@ from data import UserError
 
 def take(x, index):
     """x (B, N, D), index (B, n) -> (B, n, D): from each sequence the n tokens at its indices."""
-    index = index[:, :, None].expand(-1, -1, x.shape[2])  # the same for all D numbers of a token
+    index = index[:, :, None].expand(-1, -1, x.shape[2])  # gather wants an index for each number
     return x.gather(1, index)
 
 
@@ -59,7 +59,7 @@ class Encoder(nn.Module):
         self.norm = LayerNorm(dim)
 
     def embed(self, images):
-        """(B, 3, H, H) -> (B, N, D): what the first block gets."""
+        """(B, 3, H, H) -> the tokens of all patches, with positions, (B, N, D)."""
         side = self.grid * self.patch_size
         if images.shape[2:] != (side, side):
             raise ValueError(f"images of {tuple(images.shape[2:])}, but the position table of this "
@@ -109,7 +109,7 @@ class IJEPA(nn.Module):
     """An `encoder`, a `predictor`, and a `target_encoder`, the slow average of the encoder.
 
     predictor_heads: by default as many as the encoder has. center: the targets are
-    `center_targets` of the target encoder's output; False, as in the paper: its LayerNorm.
+    `center_targets` of the target encoder's output; False: LayerNorm of it, as by the authors.
     Copy with: Encoder, Predictor, center_targets, take, Block, Attention, MLP, LayerNorm,
     PatchEmbed, patchify, sincos_2d.
     """
@@ -132,15 +132,16 @@ class IJEPA(nn.Module):
         """MAE's: Xavier for the Linear layers, zero biases, std 0.02 for the mask token. The patch
         projection is this repository's."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):  # q, k and v count as one matrix
+            if isinstance(module, nn.Linear):  # qkv: drawn as one matrix, 3 D x D, so a bit smaller
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Conv2d):
-                # With this std, 3 P^2 numbers of variance 1 give outputs of variance 1. With the
-                # authors' 0.02 the position would be much larger than what the patch shows.
+            elif isinstance(module, nn.Conv2d):  # in PatchEmbed: a linear map, stored as a Conv2d
+                # With this std, 3 P^2 numbers of variance 1 give outputs of variance 1. With 0.02,
+                # as by I-JEPA's authors, the std of the outputs would be 0.14 for P = 4, that of
+                # the positions is 0.7: what the patch shows would hardly count.
                 nn.init.normal_(module.weight, std=1 / math.sqrt(3 * self.encoder.patch_size**2))
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.predictor.mask_token, std=0.02)
@@ -148,17 +149,20 @@ class IJEPA(nn.Module):
 
     def loss(self, images, context_idx, target_idx, stop_grad=True):
         """context_idx (B, n) and target_idx (M, B, K), the patches of M target blocks
-        -> (loss: mean over images, blocks, patches and D; predictions (M, B, K, D))."""
+        -> (loss: mean over images, blocks, patches and D; predictions (M, B, K, D)).
+
+        smooth_l1 and the targets' LayerNorm are those of the authors' code; the paper writes L2."""
         z = self.encoder(images, context_idx)  # (B, n, D): sees the context alone
         if stop_grad:
             with torch.no_grad():
                 h = self.target_encoder(images)  # (B, N, D): sees the whole image
         else:
             # The experiment --no-stop-grad: the trained encoder itself gives the targets, and the
-            # loss may change them, too. Equal ones are the easiest to predict: collapse.
+            # loss may change them, too: it can make them easy to predict, and empty (collapse).
+            # target_encoder is not used here; with --no-ema, it is a copy, for the scores.
             h = self.encoder(images)
         h = h.to(images.dtype)  # float32, also if the encoder computed in bfloat16
-        # The paper's LayerNorm has no gain and no bias. center_targets is ours: see below.
+        # The encoder's own norm has a trained gain, which could shrink h. These two have none.
         h = center_targets(h) if self.center else F.layer_norm(h, h.shape[-1:])
         losses = []
         predictions = []
@@ -194,7 +198,7 @@ class IJEPA(nn.Module):
         with data.refuse(f"{path}: does not hold an I-JEPA"):
             state, sizes = data.read_jepa(path, heads=heads, predictor_heads=predictor_heads)
             model = cls(**sizes)
-            if not any(name.startswith("predictor.") for name in state):
+            if not any(name.startswith("predictor.") for name in state):  # keep the new one's
                 for name, tensor in model.predictor.state_dict().items():
                     state[f"predictor.{name}"] = tensor
             model.load_state_dict(state)
@@ -204,7 +208,12 @@ class IJEPA(nn.Module):
 def center_targets(h):
     """This repository's targets, (B, N, D) -> (B, N, D). Subtracts from each token the mean of the
     batch at its position, then the mean of its image over all positions; then each of the D numbers
-    gets variance 1."""
+    gets variance 1.
+
+    What is left cannot be guessed from the position or the overall color alone: it is how this
+    patch differs from the rest of its image. For that, the encoder must know what the image shows;
+    measured, the patch mean of its own output tells the class much better (difference 1).
+    """
     h = h - h.mean(dim=0, keepdim=True)  # what all images have in common at this position goes
     h = h - h.mean(dim=1, keepdim=True)  # what this image has in common at all positions goes
     return h / (h.std(dim=(0, 1)) + 1e-4)
@@ -239,8 +248,9 @@ def multiblock_masks(B, grid, number=4, scale=(0.15, 0.2), aspect=(0.75, 1.5), m
             context_idx = (context + noise).topk(n, dim=1).indices
             # 6. From booleans to indices: nonzero gives a row (block, image, patch) for each True,
             # in this order; all blocks have the same number of patches, K.
-            target_idx = targets.transpose(0, 1).nonzero()[:, 2]
-            return context_idx, target_idx.reshape(number, B, -1)
+            by_block = targets.transpose(0, 1)  # (number, B, N)
+            patch = by_block.nonzero()[:, 2]  # (number * B * K,)
+            return context_idx, patch.reshape(number, B, -1)
     raise UserError(f"{number} target blocks leave fewer than {min_keep} of {grid} x {grid} "
                     "patches as context; use a smaller --patch-size, or --masking random")
 
@@ -249,13 +259,14 @@ def rectangles(B, grid, number, scale, aspect):
     """-> (B, number, N) bool, N = grid * grid: blocks of patches, all of one size. The share of the
     image lies between the two numbers of `scale`, height / width between those of `aspect`; then
     both sides are rounded."""
-    area = grid**2 * torch.empty(()).uniform_(*scale).item()  # h * w: one random number, in patches
+    # empty(()) is a single number; uniform_ draws it from torch's generator, which the step seeds.
+    area = grid**2 * torch.empty(()).uniform_(*scale).item()  # h * w, in patches
     ratio = torch.empty(()).uniform_(*aspect).item()  # h / w
     h = round(math.sqrt(area * ratio))
     w = round(math.sqrt(area / ratio))
     h = min(max(h, 1), grid)
     w = min(max(w, 1), grid)
-    top = torch.randint(grid - h + 1, (B, number, 1))  # each position is equally likely
+    top = torch.randint(grid - h + 1, (B, number, 1))  # of each block; all are equally likely
     left = torch.randint(grid - w + 1, (B, number, 1))
     # A block is where both its row and its column are True (1). top = 1, h = 2, left = 2, w = 3:
     #                   columns  0 0 1 1 1 0
@@ -278,15 +289,17 @@ def block_masks(B, grid, share=0.6, side=2):
     """
     N = grid**2
     K = math.ceil(share * N)  # number of target patches
-    if K >= N:
-        raise UserError(f"masks of {share} of {N} patches leave no context; use more patches")
+    if K >= N or side >= grid:
+        raise UserError(f"masks of {share} of {N} patches leave no context, or always the same; "
+                        "use more patches")
     # 1. For each image N blocks, more than are needed. They may overlap.
     size = side**2 / N  # share of the image
     blocks = rectangles(B, grid, number=N, scale=(size, size), aspect=(1.0, 1.0))
-    # 2. For each patch the first block that covers it, from 0 on; N if none does.
+    # 2. Imagine them placed one after another, until K patches are masked. For each patch, the
+    # number of the first block that covers it, from 0 on; N if none does.
     block_number = torch.arange(N)[:, None]  # (N blocks, 1), for blocks (B, N blocks, N patches)
     first = torch.where(blocks, block_number, N).amin(dim=1)  # (B, N patches)
-    # 3. The K patches that are covered first are the targets. The last block may be cut.
+    # 3. The K patches that are covered first are the targets. Of the last block it may be a part.
     order = first.argsort(dim=1, stable=True)
     return order[:, K:], order[None, :, :K]
 
@@ -320,10 +333,12 @@ def sample_masks(masking, B, grid, device):
 
 @torch.no_grad()
 def collapse(model, dataset, amp, n=500):
-    """Two measures of the features of n test images; both are small if the features have collapsed.
-    feature_std: the mean over D of the std of l2_normalize(x), from 0 to 1 / sqrt(D).
-    effective_rank: exp(entropy of s / sum(s)), where s are the singular values of the features
-    minus their mean; from 1 to D.
+    """Two measures of collapse, of the features of n test images.
+
+    feature_std, small if all are nearly equal: the mean over D of the std of l2_normalize(x), from
+    0 to 1 / sqrt(D). effective_rank, small if they differ in few directions only: exp(entropy of
+    s / sum(s)), where s are the singular values of the features minus their mean; at least 1, at
+    most D and n - 1.
     Copy with: data.extract.
     """
     x = data.extract(model.features, dataset, dataset.test_images[:n], amp)  # (n, D)
@@ -341,7 +356,7 @@ def put(x, index, values):
 
 
 def draw_masks(model, dataset, out, args):
-    """Each row: a test image | its context | its target blocks; all other patches are gray."""
+    """Each row: a test image | its context | its targets, a panel a block; the rest is gray."""
     P = model.encoder.patch_size
     grid = model.encoder.grid
     images = dataset.test_images[:8].float() / 255
@@ -473,7 +488,7 @@ def learning_rate(step, args):
     """Linear warm-up to the peak --lr, then half a cosine down to zero."""
     if step < args.warmup:
         return args.lr * (step + 1) / (args.warmup + 1)
-    progress = (step - args.warmup) / max(1, args.steps - args.warmup)  # from 0 to 1
+    progress = (step - args.warmup) / max(1, args.steps - args.warmup)  # from 0 towards 1
     return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -481,7 +496,7 @@ def ema_momentum(step, args):
     """The momentum of the target encoder: linear from --ema to --last-ema."""
     if args.no_ema:
         return 0.0
-    progress = step / args.steps  # from 0 to 1
+    progress = step / args.steps  # from 0 towards 1
     return args.ema + (args.last_ema - args.ema) * progress
 
 
@@ -512,8 +527,9 @@ def train(args):
     if not args.load:
         model = build(args)
     model.to(device)
-    trained = [p for p in model.parameters() if p.requires_grad]  # not the target encoder
-    matrices = [p for p in trained if p.ndim > 1]
+    # Trained is all but the target encoder and the position tables.
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim > 1]  # and the mask token
     vectors = [p for p in trained if p.ndim == 1]  # biases and norms: without weight decay
     groups = [dict(params=matrices, weight_decay=args.weight_decay),
               dict(params=vectors, weight_decay=0.0)]
@@ -521,9 +537,8 @@ def train(args):
     start, scores = data.resume(args, "jepa", model=model, optimizer=optimizer)
     loss_function = torch.compile(model.loss) if args.compile else model.loss
 
-    def save(step):
+    def save(step, scores):
         data.save_checkpoint(out / "checkpoint.pt", script="jepa", model=model.state_dict(),
-                             ema=None,  # of all weights: here the target encoder is in model
                              optimizer=optimizer.state_dict(), step=step,
                              args=vars(args), scores=scores)
 
@@ -557,7 +572,7 @@ def train(args):
             data.log(out / "log.csv", step, images_seen=scores["images_seen"], loss=scores["loss"],
                      lr=lr, **collapse(model, dataset, amp))
         if progress.due(step):
-            save(step + 1)
+            save(step + 1, scores)
 
     # Scores and pictures.
     model.eval()
@@ -570,7 +585,7 @@ def train(args):
     files += draw_predictions(model, dataset, out=out, args=args, amp=amp)
     if not args.load:
         files += draw_collapse(out, args)
-        save(max(start, args.steps))  # start: a resumed run may have more steps than --steps
+        save(max(start, args.steps), scores)  # what was resumed may already be past --steps
         files += ["checkpoint.pt", "log.csv"]
     return data.report(scores, out, files)
 

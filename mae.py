@@ -2,7 +2,7 @@
 
 Mask three quarters of an image's patches, give the encoder only the visible ones, then let a small
 decoder predict the pixels of the masked ones. To fill such large holes, the encoder must find out
-what is in the image. It never processes a masked patch, which makes a step 2 to 3 times faster.
+what is in the image. It is never given a masked patch, so a step takes a half to a third the time.
 
     loss = 1 / (number of masked patches) * sum over masked patches of mean (pred - target)^2
 
@@ -80,14 +80,14 @@ class MAE(nn.Module):
         """As in the authors' code: Xavier for all matrices, biases zero (except patch_embed's),
         class and mask token normal with std 0.02, norms the identity."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):  # qkv counts as one matrix of 3 D rows and D columns
+            if isinstance(module, nn.Linear):  # qkv: drawn as one matrix, 3 D x D, so a bit smaller
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
-        self.patch_embed.proj.reset_parameters()  # for the bias: PyTorch's default for Conv2d
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # a view: (D, P*P*3)
+        self.patch_embed.proj.reset_parameters()  # its bias is random, as PyTorch draws it
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # a view: (D, 3*P*P)
         nn.init.normal_(self.cls_token, std=0.02)
         self.pos_embed[0, 1:] = sincos_2d(self.pos_embed.shape[2], self.grid)
         if self.has_decoder:
@@ -116,16 +116,16 @@ class MAE(nn.Module):
     def decode(self, x, restore):
         """x (B, 1 + n, D), class token and visible patches -> pixels of all patches (B, N, P*P*3).
 
-        restore (B, N): where each patch stands in the shuffled sequence, visible patches first. For
-        the order [2, 0, 3, 1] it is [1, 3, 0, 2]: patch 0 stands at position 1, patch 1 at 3."""
+        `forward` has shuffled the patches and kept the first n. restore (B, N): where each went.
+        If the order is [2, 0, 3, 1], patch 0 went to position 1, patch 1 to 3: [1, 3, 0, 2]."""
         x = self.decoder_embed(x)  # (B, 1 + n, decoder_dim)
         cls_token = x[:, :1]
         x = x[:, 1:]
-        # Append the same mask token for each masked patch, then go back to the reading order.
+        # Append the same mask token for each masked patch. Then go back to the reading order.
         B, n, _ = x.shape
-        mask_token = self.mask_token.to(x.dtype)  # x may be bfloat16
+        mask_token = self.mask_token.to(x.dtype)  # under autocast, x is bfloat16
         x = torch.cat([x, mask_token.expand(B, restore.shape[1] - n, -1)], dim=1)
-        x = take(x, restore)  # (B, N, decoder_dim)
+        x = take(x, restore)  # (B, N, decoder_dim); patch i comes from position restore[i]
         x = torch.cat([cls_token, x], dim=1)  # (B, 1 + N, decoder_dim)
         x = x + self.decoder_pos_embed  # only this tells one mask token from another
         for block in self.decoder_blocks:
@@ -133,7 +133,7 @@ class MAE(nn.Module):
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]  # without the class token
 
     def target(self, images):
-        """(B, 3, H, H) -> what to predict, (B, N, P*P*3): the patches, with norm_pix normalized."""
+        """(B, 3, H, H) -> what to predict, (B, N, P*P*3): the patches; normalized if norm_pix."""
         x = patchify(images, self.patch_size)
         if self.norm_pix:
             mean, std = self.patch_statistics(x)
@@ -143,7 +143,7 @@ class MAE(nn.Module):
     def patch_statistics(self, patches):
         """(B, N, P*P*3) -> mean and std of each patch, (B, N, 1) both."""
         mean = patches.mean(dim=-1, keepdim=True)
-        variance = patches.var(dim=-1, keepdim=True)  # by P*P*3 - 1, as in the authors' code
+        variance = patches.var(dim=-1, keepdim=True)  # divided by P*P*3 - 1, as by the authors
         return mean, (variance + 1e-6).sqrt()
 
     def forward(self, images, mask_ratio=0.75, noise=None):
@@ -152,7 +152,7 @@ class MAE(nn.Module):
             raise UserError("this model has no decoder; to reconstruct images, load a "
                             "mae_visualize_vit_*.pth or mae_pretrain_vit_*_full.pth file")
         N = self.grid**2
-        n = int(N * (1 - mask_ratio))  # number of visible patches
+        n = int(N * (1 - mask_ratio))  # number of visible patches; rounded as by the authors
         if not 0 < n < N:
             raise UserError(f"mask ratio {mask_ratio} leaves {n} of {N} patches visible: "
                             "at least one must be visible, and one masked")
@@ -161,8 +161,8 @@ class MAE(nn.Module):
         if noise is None:
             noise = torch.rand(len(images), N, device=images.device)
         order = noise.argsort(dim=1)  # which patch comes first, second, ...: (B, N)
-        restore = order.argsort(dim=1)  # its inverse: at which position each patch comes
-        mask = (restore >= n).float()  # 1 = masked
+        restore = order.argsort(dim=1)  # the inverse: argsort of a permutation says where each went
+        mask = (restore >= n).float()  # 1 = masked: it did not come among the first n
 
         # Encode the visible patches, decode all patches.
         latent = self.encode(images, visible=order[:, :n])  # (B, 1 + n, D)
@@ -185,7 +185,7 @@ class MAE(nn.Module):
     def from_pretrained(cls, path, norm_pix=False, heads=None, decoder_heads=None):
         """From the authors' files or this script's; else UserError. norm_pix: True for the authors'
         mae_pretrain_*_full.pth, False for mae_visualize_*.pth; this script's files store their own.
-        heads, decoder_heads: needed only for widths that were not released."""
+        heads, decoder_heads: no file tells them; None: those of the released model this wide."""
         with data.refuse(f"{path}: does not hold a masked autoencoder"):
             state, sizes = data.read_mae(path, heads=heads, decoder_heads=decoder_heads)
             sizes.setdefault("norm_pix", norm_pix)
@@ -224,7 +224,7 @@ def draw_reconstructions(model, dataset, out, args, amp):
 
 # ---------------------------------------------------------------------------------------- training
 
-SIZES = {  # B, L, H: the paper's encoders, each with the same decoder; T: of its own, for CIFAR-10
+SIZES = {  # B, L and H are the paper's; tiny, and T for CIFAR-10, are of this repository
     "tiny": dict(patch_size=4, dim=128, depth=4, heads=4,
                  decoder_dim=64, decoder_depth=1, decoder_heads=2),
     "T": dict(patch_size=2, dim=192, depth=12, heads=3,
@@ -300,7 +300,7 @@ def train(args):
         model = build(args)
     model.to(device)
     trained = [p for p in model.parameters() if p.requires_grad]  # all but the position tables
-    matrices = [p for p in trained if p.ndim > 1]  # and tokens
+    matrices = [p for p in trained if p.ndim > 1]  # and the class and the mask token
     vectors = [p for p in trained if p.ndim == 1]  # biases and norms: without weight decay
     groups = [dict(params=matrices, weight_decay=args.weight_decay),
               dict(params=vectors, weight_decay=0.0)]
@@ -308,9 +308,9 @@ def train(args):
     start, scores = data.resume(args, "mae", model=model, optimizer=optimizer)
     forward = torch.compile(model) if args.compile else model
 
-    def save(step):
+    def save(step, scores):
         data.save_checkpoint(out / "checkpoint.pt", script="mae", model=model.state_dict(),
-                             ema=None, optimizer=optimizer.state_dict(), step=step,
+                             optimizer=optimizer.state_dict(), step=step,
                              args=vars(args), scores=scores)
 
     # Training.
@@ -339,7 +339,7 @@ def train(args):
             data.log(out / "log.csv", step, images_seen=scores["images_seen"], loss=scores["loss"],
                      lr=lr)
         if progress.due(step):
-            save(step + 1)
+            save(step + 1, scores)
 
     # Scores and pictures.
     model.eval()
@@ -351,7 +351,7 @@ def train(args):
     if model.has_decoder:
         files += draw_reconstructions(model, dataset, out=out, args=args, amp=amp)
     if not args.load:
-        save(max(start, args.steps))  # start: a resumed run may have more steps than --steps
+        save(max(start, args.steps), scores)  # what was resumed may already be past --steps
         files += ["checkpoint.pt", "log.csv"]
     return data.report(scores, out, files)
 

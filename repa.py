@@ -19,8 +19,8 @@ linear probe 0.352 (untrained 0.126, raw pixels 0.331). README says how long it 
 Differences from the paper:
 1. Pixels of 16 x 16, not the latents of a VAE, and a projector 256 wide, not 2048: to be quick.
 2. The default teacher is a small ViT trained on the labels for seconds: DINOv2 is a download.
-3. As the run is short: lognormal times, larger initial weights for time and class, learning rate
-   8e-3 (paper: 1e-4), averaging with up to 0.995 (0.9999), 15 steps of Heun (250 of the SDE).
+3. For a short run: `draw_times`, larger initial weights for time and class, learning rate 8e-3
+   (paper: 1e-4), weights averaged with up to 0.995 (paper: 0.9999), 15 steps of Heun (250, SDE).
 """
 
 import copy
@@ -43,7 +43,7 @@ from data import UserError
 
 
 class TimeEmbed(nn.Module):
-    """t (B,) in 0..1 -> (B, D): cosines and sines of it, 128 frequencies from 1 down to 1e-4."""
+    """t (B,) in 0..1 -> (B, D): an MLP of cosines and sines of t, of 128 frequencies, 1 to 1e-4."""
 
     def __init__(self, dim):
         super().__init__()
@@ -116,6 +116,8 @@ class SiT(nn.Module):
                  num_classes=10, channels=3, align_depth=2, teacher_dim=128, projector_dim=256,
                  sit_time=False):
         super().__init__()
+        if not 1 <= align_depth <= depth:
+            raise ValueError(f"align_depth {align_depth}: there are {depth} blocks")
         self.patch_size = patch_size
         self.grid = image_size // patch_size
         self.channels = channels
@@ -152,7 +154,7 @@ class SiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a view: (D, P*P*C)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a view: (D, C*P*P)
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
@@ -164,9 +166,9 @@ class SiT(nn.Module):
         self.start_larger()  # without this line, all weights start as the authors' do
 
     def start_larger(self):
-        """Difference 3: the blocks read c, time and class, through adaLN_modulation, which starts
-        at zero. If c is small, so is its gradient, and it hardly grows in minutes: so c starts
-        larger."""
+        """Difference 3: the blocks read c, time and class, through adaLN_modulation, whose matrix W
+        starts at zero and grows by about the learning rate a step. Its output is W silu(c): if c
+        is small, the output stays small for a long time. So c starts larger."""
         nn.init.xavier_uniform_(self.t_embedder.mlp[0].weight)
         nn.init.xavier_uniform_(self.t_embedder.mlp[2].weight)
         nn.init.normal_(self.class_embed.weight, std=0.5)
@@ -201,7 +203,8 @@ class SiT(nn.Module):
 
     def loss(self, images, y, z=None, align=0.5, label_dropout=0.1, times="uniform"):
         """images (B, C, H, H), classes y (B,), the teacher's tokens z (B, N, Z); z=None: plain SiT.
-        Returns (loss, dict(velocity=, alignment=)): the velocity's error, and the mean cosine."""
+        Returns (loss, out): out["velocity"] is the velocity's error, out["alignment"] the mean
+        cosine, if there is a z."""
         # Some labels become the null class: guidance needs the velocity of "any image", too.
         is_dropped = torch.rand(y.shape, device=y.device) < label_dropout
         y = torch.where(is_dropped, self.null, y)
@@ -221,7 +224,7 @@ class SiT(nn.Module):
         # Alignment: each token h, computed from x_t, is to point in the direction of the teacher's
         # token for the same patch, computed from the clean image.
         if z is not None:
-            h = self.projector(h).to(images.dtype)  # (B, N, Z)
+            h = self.projector(h).to(images.dtype)  # (B, N, Z), float32 also under autocast
             h = F.normalize(h, dim=-1)
             z = z.to(images.dtype)
             z = F.normalize(z, dim=-1)
@@ -237,7 +240,7 @@ class SiT(nn.Module):
         t = torch.full((B,), 0.5, dtype=images.dtype, device=images.device)
         y = torch.full((B,), self.null, device=images.device)
         noise = torch.randn_like(images)
-        x_t = 0.5 * images + 0.5 * noise
+        x_t = 0.5 * images + 0.5 * noise  # the same in both directions of time
         x, c = self.embed(x_t, t, y)
         last = layer or self.align_depth
         for block in self.blocks[:last]:
@@ -247,7 +250,8 @@ class SiT(nn.Module):
     @classmethod
     def from_pretrained(cls, path, heads=None, sit_time=None):
         """This script's file, REPA's last.pt or a checkpoint of its train.py, or SiT-XL-2-256.pt,
-        else UserError; averaged weights if it holds any. sit_time=None: the tensors tell it."""
+        else UserError; averaged weights if it holds any. sit_time=None: True if the model also
+        predicts a variance, as SiT's do. heads=None: as in the released model of this width."""
         with data.refuse(f"{path}: does not hold a SiT"):
             state, sizes = data.read_sit(path, heads=heads, sit_time=sit_time)
             model = cls(**sizes)
@@ -268,10 +272,10 @@ def draw_times(images, times):
 
 
 def guided_velocity(model, x, t, y, cfg, dtype):
-    """The velocity at x (B, C, H, H) and time t, a float; dtype is the model's, not that of x.
+    """The velocity at x (B, C, H, H) and time t, a float. dtype is the model's; x is float64.
 
     cfg > 1, classifier-free guidance: goes further along velocity(class) - velocity(any image)."""
-    t = torch.full_like(y, t, dtype=dtype)  # (B,)
+    t = torch.full((len(y),), t, dtype=dtype, device=y.device)  # (B,)
     if cfg <= 1:
         return model(x.to(dtype), t, y).to(x.dtype)
     null = torch.full_like(y, model.null)
@@ -287,8 +291,8 @@ def sample(model, noise, y, steps=50, method="euler", cfg=1.0, interval=(0, 1), 
     """noise (B, C, H, H), classes y (B,) -> images (B, C, H, H), by going from t = 1 to t = 0.
 
     euler: each step follows the velocity at its start. heun: the mean of that and the velocity at
-    its end, at twice the cost. cfg: guidance, at times t in `interval`. `generator` is not used:
-    it is here so that sample and sample_sde are called in the same way.
+    its end, at twice the cost. cfg: guidance, in steps that start at a time in `interval`.
+    `generator` is not used: it is here so that sample and sample_sde are called in the same way.
     Copy with: guided_velocity.
     """
     if method not in ("euler", "heun"):
@@ -303,7 +307,7 @@ def sample(model, noise, y, steps=50, method="euler", cfg=1.0, interval=(0, 1), 
         if interval[0] <= t <= interval[1]:
             strength = cfg
         v = guided_velocity(model, x, t, y, cfg=strength, dtype=noise.dtype)
-        if method == "heun" and i + 1 < steps:  # the last step, to t = 0, is Euler's
+        if method == "heun" and i + 1 < steps:  # the last step, to t = 0, is Euler's, as in REPA
             end = x + dt * v  # where Euler's step would arrive
             v_end = guided_velocity(model, end, times[i + 1], y, cfg=strength, dtype=noise.dtype)
             v = (v + v_end) / 2
@@ -313,20 +317,22 @@ def sample(model, noise, y, steps=50, method="euler", cfg=1.0, interval=(0, 1), 
 
 @torch.no_grad()
 def sample_sde(model, noise, y, steps=50, cfg=1.0, interval=(0, 1), generator=None):
-    """As `sample`, but each step (except the last) adds fresh noise. To balance it, each step also
-    removes more of the noise in x, as the model estimates it, than `sample` does.
+    """As `sample`, but each step also removes more of the noise in x, as the model estimates it,
+    and then (except the last) adds fresh noise in its place.
 
     Copy with: guided_velocity.
     """
-    # The score, d log p(x_t) / d x_t, points to where x_t is more likely: away from its noise n,
-    # as the model guesses it. The score is -n / t:
+    # The score, d log p(x_t) / d x_t, points to where x_t is more likely. For a given image, x_t is
+    # normal with mean (1 - t) image and std t, so the score is -(x_t - (1 - t) image) / t^2, which
+    # is -n / t for the noise n in x_t. The model's velocity tells the n to expect:
     #     x_t = (1 - t) image + t n  and  v = n - image  give  n = x_t + (1 - t) v.
     # For any w, a step along v - w / 2 * score that then adds noise of variance w |dt| leads to the
-    # same distribution of images as a step along v. Here w = 2 t.
+    # same distribution of x as a step along v, if steps are small (Song et al. 2021, arXiv
+    # 2011.13456, prove it). REPA takes w = 2 t: the step goes along v + n.
     # Many small steps are added up: in float64, where the device has it.
     x = noise.to(torch.float32 if noise.device.type == "mps" else torch.float64)
 
-    # No noise may be left in the end: the last step, from 0.04 to 0, adds none.
+    # The last step, from 0.04 to 0, adds no noise; else it is like the others, as in REPA's code.
     times = torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist() + [0.0]
     for i in range(steps):
         t = times[i]
@@ -360,7 +366,7 @@ class Teacher(nn.Module):
         self.patch_size = patch_size
         self.dim = dim
         self.extra = 1 if class_token else 0  # rows before those of the patches
-        # True for released weights: their images are normalized with ImageNet's mean and std.
+        # True for released weights: as in REPA, they get images normalized with ImageNet's numbers.
         self.imagenet = False
         self.patch_embed = PatchEmbed(dim, patch_size)
         if class_token:
@@ -456,10 +462,10 @@ def train_teacher(args, dataset, amp):
 
 
 def pick_teacher(args, dataset, amp, out):
-    """The frozen teacher; None with --align 0. With --align 0 and a --teacher it is only asked for
-    its width: the model gets a projector, which is not trained (a control)."""
+    """The frozen teacher; None with --align 0 and no --teacher. With --align 0 and a --teacher only
+    its width is used: the model gets a projector, which is not trained (a control)."""
     path = out / "teacher.pt"  # beside checkpoint.pt, so that --resume finds it
-    # A run that goes on keeps its teacher; without checkpoint.pt it begins anew, with a new one.
+    # With --resume, a run goes on if there is its checkpoint.pt, else it begins anew.
     is_kept = args.resume and path.exists() and (out / "checkpoint.pt").exists()
     if args.teacher is None and args.align == 0:
         return None
@@ -468,13 +474,14 @@ def pick_teacher(args, dataset, amp, out):
         teacher = Teacher(args.image_size, args.patch_size)
     elif args.teacher is not None:  # a file
         teacher = Teacher.from_pretrained(args.teacher)
-    elif is_kept:  # trained by the first part of this run
+    elif is_kept:  # the run goes on: with the teacher that its first part trained
         teacher = Teacher.from_pretrained(path)
     else:
         began = time.time()
         teacher = train_teacher(args, dataset, amp)
         args.teacher_seconds = time.time() - began
-        data.save_checkpoint(path, script="teacher", model=teacher.state_dict(), args={"heads": 4})
+        heads = {"heads": 4}  # Teacher's default, which the weights do not show
+        data.save_checkpoint(path, script="teacher", model=teacher.state_dict(), args=heads)
     return teacher.to(dataset.mean.device).eval().requires_grad_(False)
 
 
@@ -494,7 +501,7 @@ def generate(model, dataset, labels, args, amp, cfg=1.0):
                 images = sample_sde(model, noise, y, **options)
             else:
                 images = sample(model, noise, y, method=args.sampler, **options)
-        images = dataset.denormalize(images) * 255
+        images = dataset.denormalize(images) * 255  # from 0 to 255: denormalize clamps
         parts.append(images.round().byte())
     return torch.cat(parts)
 
@@ -518,9 +525,10 @@ def velocity_error(model, dataset, amp):
 
 
 def frechet_scores(model, dataset, args, amp):
-    """Distances to the first --samples test images, in the features of a small CNN, which is never
-    the teacher. frechet: of new images of the same classes. frechet_floor: of training images.
-    frechet_ceiling: of Gaussian pixels with the mean and std of the training images."""
+    """Frechet distances (data.frechet) to the first --samples test images, in the features of a
+    small CNN, which is never the teacher: how much mean and covariance of the features differ.
+    frechet: of new images of the same classes. frechet_floor: of training images.
+    frechet_ceiling: of Gaussian pixels with the mean and std of the training images, clamped."""
     cnn = data.train_cnn(dataset, args.seed)
     fp32 = torch.autocast(dataset.mean.device.type, enabled=False)
 
@@ -563,13 +571,11 @@ def draw_samples(model, dataset, out, args, amp):
     return ["samples.png"]
 
 
-def draw_probes(model, dataset, out, args, amp):
-    """How well each block's features tell the class, here and in the model of --compare."""
+def draw_probes(model, other, dataset, out, amp):
+    """How well each block's features tell the class, here and in the model of --compare, if any."""
     curves = {"this run": probe_by_block(model, dataset, amp)}
-    if args.compare:
-        with data.refuse(f"--compare {args.compare}: not a model of such images"):
-            other = SiT.from_pretrained(args.compare).to(dataset.mean.device)
-            curves["--compare"] = probe_by_block(other, dataset, amp)
+    if other is not None:
+        curves["--compare"] = probe_by_block(other, dataset, amp)
     data.save_chart(out / "blocks.svg", curves, "block", "linear probe at t = 0.5")
     return ["blocks.svg"]
 
@@ -605,7 +611,8 @@ def parse_args(argv=None):
     parser.add("--times", "lognormal", "How training draws the times; uniform is the paper's.",
                choices=["uniform", "lognormal"])
     parser.add("--label-dropout", 0.1, "The share of null labels in training.", type=share)
-    parser.add("--ema", 0.995, "The decay of the averaged weights, which are scored.", type=share)
+    parser.add("--ema", 0.995, "The decay of the averaged weights, which are scored; it grows, and "
+               "this is its limit.", type=share)
     parser.add("--sampler", "heun", "How noise becomes an image.", choices=["euler", "heun", "sde"])
     parser.add("--sample-steps", 15, "The number of steps of the sampler.", type=count)
     parser.add("--samples", 1000, "The number of images for the Frechet distance.",
@@ -615,7 +622,7 @@ def parse_args(argv=None):
     parser.add("--interval", [0.0, 1.0], "Guidance is used from the first of these times to the "
                "second.", type=share, nargs=2)
     parser.add("--compare", None, "A checkpoint whose probes are drawn beside those of this run.")
-    args = data.parse(parser, "repa", SIZES, argv)
+    args = data.parse(parser, "repa", SIZES, argv)  # fills in what --size tells
     if args.align_depth > args.depth:
         raise UserError(f"--align-depth {args.align_depth}: there are {args.depth} blocks")
     return args
@@ -650,6 +657,19 @@ def check_fit(model, dataset, path):
     if model.channels != 3 or model.null != K:  # the null class comes after the K others
         raise UserError(f"{path}: makes images of {model.channels} channels and {model.null} "
                         f"classes; to be scored, they must be 3 and {K}")
+    side = model.grid * model.patch_size
+    if side != dataset.image_size:
+        raise UserError(f"{path}: makes images of {side} x {side} pixels, not "
+                        f"{dataset.image_size} x {dataset.image_size}")
+
+
+def read_compared(args, dataset):
+    """The model of --compare, or None. It is read before the training: a mistake shows at once."""
+    if args.compare is None:
+        return None
+    model = SiT.from_pretrained(args.compare)
+    check_fit(model, dataset, args.compare)
+    return model.to(dataset.mean.device)
 
 
 def train(args):
@@ -664,6 +684,7 @@ def train(args):
         args.patch_size = model.patch_size
         args.image_size = model.grid * model.patch_size
     dataset = data.open_data(args, device)
+    compared = read_compared(args, dataset)
     if args.load:
         check_fit(model, dataset, args.load)
     else:
@@ -679,7 +700,7 @@ def train(args):
     if not args.load and args.align > 0:  # the teacher is asked once, for all epochs
         tokens = teacher_tokens(teacher, dataset, dataset.train_images, grid=model.grid, amp=amp)
 
-    def save(step):
+    def save(step, scores):
         data.save_checkpoint(out / "checkpoint.pt", script="repa", model=model.state_dict(),
                              ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step,
                              args=vars(args), scores=scores)
@@ -715,20 +736,20 @@ def train(args):
             data.log(out / "log.csv", step, images_seen=scores["images_seen"], loss=scores["loss"],
                      velocity=parts["velocity"], alignment=parts.get("alignment", math.nan), lr=lr)
         if progress.due(step):
-            save(step + 1)
+            save(step + 1, scores)
 
     # Scores and pictures of `ema`, the averaged weights; training.svg shows the losses of `model`.
     scores["velocity"] = velocity_error(ema, dataset, amp)
     scores |= frechet_scores(ema, dataset, args, amp)
     scores["teacher_seconds"] = getattr(args, "teacher_seconds", 0.0)
-    untrained = data.untrained(ema, args.seed)
+    untrained = data.untrained(ema, args.seed)  # a copy with new weights, for comparison
     scores |= data.probe_scores(dataset, ema.features, untrained.features, amp)
     files = draw_samples(ema, dataset, out, args=args, amp=amp)
-    files += draw_probes(ema, dataset, out, args=args, amp=amp)
+    files += draw_probes(ema, compared, dataset, out=out, amp=amp)
     if not args.load:
         data.compare_logs(out / "training.svg", [out], ["velocity", "alignment"], x="step",
                           xlabel="step", ylabel="velocity loss; alignment: mean cosine")
-        save(max(start, args.steps))  # start: a resumed run may have more steps than --steps
+        save(max(start, args.steps), scores)  # what was resumed may already be past --steps
         files += ["training.svg", "checkpoint.pt", "log.csv"]
     return data.report(scores, out, files)
 

@@ -17,8 +17,9 @@ Default run, seed 0, float32: test accuracy 0.940 (for comparison, a linear prob
 network: 0.302, on raw pixels: 0.326). README says how many minutes it takes on which machine.
 
 Differences from the paper:
-1. The learned position table starts as the fixed sin-cos table. With small random numbers as the
-   start, the accuracy stays at chance for the first tens of thousands of training images.
+1. The learned position table starts as MAE's fixed sin-cos table of rows and columns, so it need
+   not learn what is near what. With small random numbers as the start, as in the paper, the
+   accuracy stays at chance for the first tens of thousands of training images.
 2. AdamW, shift and flip, and label smoothing: data sets are thousands of times smaller than JFT.
 3. No dropout anywhere, and the head is one linear layer, as in later recipes (DeiT, MAE).
 """
@@ -40,7 +41,8 @@ from data import UserError
 class ViT(nn.Module):
     """images (B, 3, H, H), normalized -> logits (B, K); the features if num_classes is 0.
 
-    class_token=False: the features are the mean of the patches. tanh_gelu: as in Google's files.
+    class_token=False: the features are the mean of the patches. tanh_gelu=True: the approximate
+    GELU, for Google's released weights.
     Copy with: Block, Attention, MLP, LayerNorm, PatchEmbed, gelu_tanh, patchify, sincos_2d,
     data.resize_table.
     """
@@ -63,7 +65,8 @@ class ViT(nn.Module):
         self.init_weights()
 
     def set_head(self, num_classes):
-        """A new head, all zero: the first loss is then log K exactly. 0 classes: no head."""
+        """A new head, all zero: the first loss is then log K exactly. (In a last layer, zeros do
+        no harm: its gradient is not zero.) 0 classes: no head."""
         self.num_classes = num_classes
         self.head = nn.Identity()
         if num_classes > 0:
@@ -88,7 +91,7 @@ class ViT(nn.Module):
             # initialize each by itself. A chunk is a view, so this writes into qkv.weight.
             for matrix in block.attn.qkv.weight.chunk(3):  # (D, D)
                 nn.init.xavier_uniform_(matrix)
-            nn.init.normal_(block.mlp.fc1.bias, std=1e-6)
+            nn.init.normal_(block.mlp.fc1.bias, std=1e-6)  # as good as zero, as in Google's code
             nn.init.normal_(block.mlp.fc2.bias, std=1e-6)
         nn.init.normal_(self.patch_embed.proj.weight, std=(3 * self.patch_size**2) ** -0.5)
         nn.init.zeros_(self.patch_embed.proj.bias)
@@ -100,8 +103,8 @@ class ViT(nn.Module):
             nn.init.zeros_(self.head.weight)
 
     def embed(self, images):
-        """The five steps of the slides: (B, 3, H, H) -> (B, 1 + N, D), class token first; without
-        class token, here and below, (B, N, D)."""
+        """The five steps of the slides: (B, 3, H, H) -> (B, 1 + N, D), class token first. Without
+        class token it is N, not 1 + N, here and in all shapes below."""
         side = self.grid * self.patch_size
         if images.shape[2:] != (side, side):
             raise ValueError(f"images of {tuple(images.shape[2:])}, but the position table of this "
@@ -112,7 +115,7 @@ class ViT(nn.Module):
         x = patchify(images, self.patch_size)  # (B, N, P*P*3)
         # ... and map to D dimensions with a trainable linear projection.
         x = self.patch_embed(x)  # (B, N, D)
-        # 4. Add a learned 1-D position embedding.
+        # 4. Add a learned 1-D position embedding: a table with a row for each place.
         x = x + self.pos_embed[:, self.extra:]
         # 5. Include a learnable [class] embedding. It has a position embedding, too.
         if self.cls_token is not None:
@@ -160,8 +163,8 @@ class ViT(nn.Module):
     def from_pretrained(cls, path, num_classes=None, image_size=None, heads=None):
         """From a vit, mae or jepa checkpoint of this repository, or a file of timm (state dict),
         Google (.npz), MAE, I-JEPA (target encoder) or DINOv2; else UserError. num_classes and
-        image_size: see `adapt`. heads: no tensor tells their number. It is that of the released
-        model of the same width; needed only if there is none."""
+        image_size: see `adapt`. heads: a file of weights does not show their number; None: as in
+        the released model of this width."""
         with data.refuse(f"{path}: does not hold a ViT encoder"):
             state, sizes = data.read_encoder(path, heads=heads)
             model = cls(**sizes)
@@ -186,8 +189,9 @@ def attention_maps(model, images):
 
 
 def attention_distance(maps, patch_size):
-    """Figure 7 right: mean distance in pixels from a patch to what it attends to, (layers, h)."""
-    n = math.isqrt(maps.shape[-1])  # the side of the grid: isqrt rounds 1 + n^2 down to n, too
+    """Figure 7 right: the mean distance in pixels from a patch to the others, weighted by how much
+    it attends to each, (layers, h)."""
+    n = math.isqrt(maps.shape[-1])  # the side of the grid: isqrt of n^2 and of 1 + n^2 is n
     # Leave out the class token, which is nowhere in the image. Scale the rest to the sum 1 again.
     maps = maps[..., -n * n:, -n * n:]
     maps = maps / maps.sum(dim=-1, keepdim=True)
@@ -201,7 +205,7 @@ def rollout(maps):
     """Attention rollout (Abnar and Zuidema 2020): how much of each patch reaches the features,
     (layers, B, h, 1 + N, 1 + N) -> (B, 1, n, n); the largest number of an image is 1."""
     identity = torch.eye(maps.shape[-1], device=maps.device)
-    flow = identity
+    flow = identity  # flow[i, j]: how much of the first layer's token j is in token i
     for layer in maps.mean(dim=2):  # the heads' mean, (B, 1 + N, 1 + N)
         # Rollout assumes that half of a token comes through the attention, half past it, along the
         # residual path.
@@ -210,7 +214,7 @@ def rollout(maps):
     if maps.shape[-1] == n * n:  # no class token: the features are the mean of the patches
         flow = flow.mean(dim=1)
     else:
-        flow = flow[:, 0, 1:]  # from each patch to the class token
+        flow = flow[:, 0, 1:]  # how much of each patch is in the class token
     flow = flow.reshape(-1, 1, n, n)
     return flow / flow.amax(dim=(2, 3), keepdim=True)
 
@@ -224,7 +228,7 @@ def stretch(images):
 
 @torch.no_grad()
 def draw_filters(model, out):
-    """Figure 7 left: the first 28 principal components of the D filters of the patch embedding."""
+    """Figure 7 left: the first principal components of the D filters of the patch embedding."""
     weight = model.patch_embed.proj.weight  # (D, 3, P, P)
     filters = (weight - weight.mean(dim=0)).flatten(1)
     components = torch.linalg.svd(filters, full_matrices=False).Vh  # one a row, (.., 3*P*P)
@@ -235,7 +239,9 @@ def draw_filters(model, out):
 @torch.no_grad()
 def draw_positions(model, out):
     """Figure 7 center: one tile for each patch, the cosine similarity of its position embedding
-    with those of all patches. The mean embedding is subtracted first."""
+    with those of all patches. In the paper's figure, training has made the rows and columns that
+    one sees; here they are there from the start (difference 1). What all rows of the table have in
+    common, their mean, is subtracted first."""
     table = model.pos_embed[0, model.extra:]  # (N, D)
     table = F.normalize(table - table.mean(dim=0), dim=1)
     similarity = table @ table.T  # (N, N)
@@ -327,7 +333,7 @@ def learning_rate(step, args):
     """Linear warm-up to the peak --lr, then half a cosine down to zero."""
     if step < args.warmup:
         return args.lr * (step + 1) / (args.warmup + 1)
-    progress = (step - args.warmup) / max(1, args.steps - args.warmup)  # from 0 to 1
+    progress = (step - args.warmup) / max(1, args.steps - args.warmup)  # from 0 towards 1
     return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -347,7 +353,7 @@ def layer_groups(model, args):
     for i, layer in enumerate(layers):
         scale = args.layer_decay ** (len(layers) - 1 - i)
         # Weight decay is for matrices (the patch projection has 4 dimensions), not for biases,
-        # norms, class token and position table.
+        # norms, class token and position table (the last two have 3).
         matrices = [p for p in layer if p.ndim in (2, 4)]
         others = [p for p in layer if p.ndim not in (2, 4)]
         groups.append(dict(params=matrices, scale=scale, weight_decay=args.weight_decay))
@@ -363,17 +369,20 @@ def build(args):
 
 
 def read_model(args):
-    """The model of --load or --init. Its sizes replace those in the options; only --image-size
-    stays with --init, as `train` adapts the model to it."""
+    """The model of --load or --init. Changes args: they get the model's sizes, and how its images
+    are normalized. Only --image-size stays with --init: `train` adapts the model to it."""
     path = args.load or args.init
     checkpoint = pathlib.Path(args.out) / "checkpoint.pt"
     if args.init and args.resume and checkpoint.exists():
-        path = checkpoint  # this run's own has the same sizes: --init's file may be gone by now
+        # Only the sizes matter now, as data.resume loads the weights. This run's own checkpoint
+        # tells them, too; --init's file may be gone by now.
+        path = checkpoint
     model = ViT.from_pretrained(path)
     args.patch_size = model.patch_size
     args.dim = len(model.norm.weight)
     args.depth = len(model.blocks)
-    # Images are normalized as in the training of the file, unless --normalize says how.
+    # Images are normalized as in the training of the file, unless --normalize says how. This
+    # repository's files tell it; of the others, those with a head mostly used mean and std 0.5.
     if args.normalize is None:
         args.mean, args.std = data.statistics(path, has_head=model.num_classes > 0)
     else:
@@ -394,7 +403,7 @@ def train(args):
     amp = data.autocast(device, args.precision)  # matrix products in bfloat16 where that is fast
     out = pathlib.Path(args.out)
     if args.load or args.init:
-        model = read_model(args)
+        model = read_model(args)  # first: open_data rescales and normalizes for this model
     dataset = data.open_data(args, device)
     K = len(dataset.class_names)
     if args.train_images:  # for the model, the small CNN, and the probes below
@@ -410,9 +419,9 @@ def train(args):
     start, scores = data.resume(args, "vit", model=model, optimizer=optimizer)
     loss_function = torch.compile(model.loss) if args.compile else model.loss
 
-    def save(step):
+    def save(step, scores):
         data.save_checkpoint(out / "checkpoint.pt", script="vit", model=model.state_dict(),
-                             ema=None, optimizer=optimizer.state_dict(), step=step,
+                             optimizer=optimizer.state_dict(), step=step,
                              args=vars(args), scores=scores)
 
     # Training.
@@ -446,19 +455,19 @@ def train(args):
             data.log(out / "log.csv", step, images_seen=scores["images_seen"], loss=scores["loss"],
                      lr=lr)
         if progress.due(step):
-            save(step + 1)
+            save(step + 1, scores)
 
     # Scores and pictures.
     model.eval()
-    if model.num_classes == K:  # a file of --load may have other classes, or no head
+    if model.num_classes == K and data.has_classes(args.load, dataset):  # --load: any head, or none
         scores["accuracy"] = score_classifier(model, dataset, amp)
     if args.train_images:
         scores["cnn"] = score_classifier(data.train_cnn(dataset, args.seed), dataset, amp)
-    untrained = data.untrained(model, args.seed)
+    untrained = data.untrained(model, args.seed)  # a copy with new weights, for comparison
     scores |= data.probe_scores(dataset, model.features, untrained.features, amp)
     files = draw(model, dataset, out)
     if not args.load:
-        save(max(start, args.steps))  # start: a resumed run may have more steps than --steps
+        save(max(start, args.steps), scores)  # what was resumed may already be past --steps
         files += ["checkpoint.pt", "log.csv"]
     return data.report(scores, out, files)
 

@@ -598,6 +598,14 @@ def test_bag_of_words():
     assert (scores.diagonal() - expected).abs().max() < 1e-6
 
 
+def test_scores_of_bag_of_words_are_not_rounded():
+    """In bfloat16, classes whose prompts differ in few words would be equal."""
+    model = small("bow").float()
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = model.classifier(IDS[:, None])(IMAGES.float())
+    assert scores.dtype == torch.float32 and (scores.bfloat16().float() != scores).any()
+
+
 def test_captioner():
     """Its loss is the mean over tokens of -log p(token | image, tokens before), one pass for each token here."""
     model = small("caption")
@@ -742,7 +750,7 @@ def test_killed_and_resumed_is_the_same_run(same_run, pictures):
 @pytest.mark.parametrize("words, message", [
     (["--patch-size", 5], "--patch-size 5 does not divide the images' side 16"),
     (["--image-encoder", "resnet", "--dim", 20], "a ResNet of 2 stages needs"),
-    (["--text-heads", 3], "--text-heads 3"),
+    (["--text-encoder", "transformer", "--text-heads", 3], "--text-heads 3"),
     (["--batch-size", 1], "--batch-size 1: the contrastive loss"),
     (["--tokenizer", "data.py"], "data.py: "),
     (["--compare", "nowhere"], "--compare nowhere: "),
@@ -752,6 +760,29 @@ def test_killed_and_resumed_is_the_same_run(same_run, pictures):
 ])
 def test_mistakes_end_in_one_line(refused, pictures, tmp_path, words, message):
     assert message in refused(clip, "--data", pictures, *SMALL, "--steps", 2, "--out", tmp_path, *words)
+
+
+def test_options_that_do_not_fit_together():
+    with pytest.raises(data.UserError, match="--image-encoder vit: --size RN50 is a ResNet's"):
+        clip.parse_args(["--size", "RN50", "--image-encoder", "vit"])
+    assert clip.parse_args(["--size", "RN50", "--image-encoder", "vit", "--depth", "4", "--dim", "64"]).depth == 4
+    assert clip.parse_args(["--text-dim", "130"]).text_dim == 130  # CBOW has no heads
+    with pytest.raises(data.UserError, match="--text-dim 130 must be a multiple of --text-heads 4"):
+        clip.parse_args(["--text-dim", "130", "--text-encoder", "transformer"])
+
+
+@pytest.mark.parametrize("words, quick", [([], True), (["--exact-gelu"], False)])
+def test_the_activation_of_a_loaded_model(monkeypatch, words, quick):
+    class Stop(Exception):
+        pass
+
+    def from_pretrained(path, quick_gelu):
+        assert quick_gelu == quick
+        raise Stop
+
+    monkeypatch.setattr(CLIP, "from_pretrained", from_pretrained)
+    with pytest.raises(Stop):
+        clip.load(clip.parse_args(["--load", "laion.pt", *words]))
 
 
 def test_the_other_objectives_take_batches_of_one():

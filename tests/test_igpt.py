@@ -356,6 +356,11 @@ def test_temperature_zero_takes_the_most_probable_token(temperature):
     assert (model.sample(TOKENS[:, :4], temperature=temperature, top_k=3) == tokens).all()
 
 
+def test_a_bert_model_cannot_be_sampled():
+    with pytest.raises(ValueError, match='a "bert" model sees later pixels'):
+        small(objective="bert").sample(torch.zeros(1, 3, dtype=torch.int64))
+
+
 def test_samples_can_be_trained_on():
     model = small()
     model.loss(model.sample(TOKENS[:, :4]))[0].backward()
@@ -451,7 +456,7 @@ def finetune(file, pictures, out, *words):
     return igpt.train(igpt.parse_args([str(word) for word in words]))
 
 
-def test_fine_tuning_starts_from_the_file_with_a_new_classifier(trained, pictures, tmp_path, capsys):
+def test_fine_tuning_starts_from_the_file_with_a_new_classifier(trained, pictures, tmp_path, capsys, monkeypatch):
     old = ImageGPT.from_pretrained(trained)
     scores = finetune(trained, pictures, tmp_path / "a", "--steps", 1, "--lr", 0)  # nothing moves
     new = ImageGPT.from_pretrained(tmp_path / "a" / "checkpoint.pt")
@@ -466,6 +471,9 @@ def test_fine_tuning_starts_from_the_file_with_a_new_classifier(trained, picture
     path = tmp_path / "b" / "checkpoint.pt"
     again = igpt.train(igpt.parse_args(["--load", str(path), "--out", str(tmp_path / "c"), "--device", "cpu"]))
     assert again["accuracy"] == scores["accuracy"]
+    monkeypatch.setattr(data, "has_classes", lambda file, dataset: file != str(path))
+    again = igpt.train(igpt.parse_args(["--load", str(path), "--out", str(tmp_path / "d"), "--device", "cpu"]))
+    assert "accuracy" not in again  # its classifier was trained for other classes
 
 
 def test_fine_tuning_resumes_without_the_file(trained, pictures, tmp_path, monkeypatch):

@@ -265,8 +265,10 @@ def test_block_masks_are_blocks_and_leave_nothing_out():
     share = grids(jepa.block_masks(500, 8)[1], 8)[0].float().mean(0)  # how often each patch is a target
     assert (share - share.flip(0)).abs().max() < 0.12 and (share - share.T).abs().max() < 0.12
     assert share.min() > 0.15 and share.max() < 0.9
-    with pytest.raises(data.UserError, match="leave no context"):
-        jepa.block_masks(2, 1)
+    for grid in (1, 2):  # on 2 x 2 patches, one block would cover all, and all masks would be equal
+        with pytest.raises(data.UserError, match="leave no context, or always the same"):
+            jepa.block_masks(2, grid)
+    assert jepa.block_masks(2, 3)[1].shape == (1, 2, 6)
 
 
 def test_random_masks_are_fair_and_leave_nothing_out():

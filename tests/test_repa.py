@@ -708,11 +708,21 @@ def small_sit(**more):
                **more)
 
 
+@pytest.mark.parametrize("align_depth", [0, 3])
+def test_the_aligned_block_must_exist(align_depth):
+    with pytest.raises(ValueError, match=f"align_depth {align_depth}: there are 2 blocks"):
+        SiT(dim=16, depth=2, heads=2, align_depth=align_depth)
+
+
 def test_a_model_of_other_images_is_not_compared(pictures, tmp_path):
     torch.save(random_file(sigma=True, Z=()), tmp_path / "sit.pt")  # of 8 x 8 latents
     args = repa.parse_args(["--compare", str(tmp_path / "sit.pt")])
-    with pytest.raises(data.UserError, match="--compare .*sit.pt: not a model of such images"):
-        repa.draw_probes(small_sit(), data.load(str(pictures)), tmp_path, args, data.autocast("cpu", "fp32"))
+    with pytest.raises(data.UserError, match="sit.pt: makes images of 4 channels and 5 classes"):
+        repa.read_compared(args, data.load(str(pictures)))
+    larger = SiT(image_size=32, patch_size=8, dim=16, depth=1, heads=2, num_classes=3, align_depth=1, teacher_dim=0)
+    with pytest.raises(data.UserError, match="--compare file: makes images of 32 x 32 pixels, not 16 x 16"):
+        repa.check_fit(larger, data.load(str(pictures)), "--compare file")
+    assert repa.read_compared(repa.parse_args([]), data.load(str(pictures))) is None
 
 
 def test_the_chart_shows_the_probes_of_both_models(pictures, tmp_path, monkeypatch):
@@ -725,7 +735,9 @@ def test_the_chart_shows_the_probes_of_both_models(pictures, tmp_path, monkeypat
     data.save_checkpoint(tmp_path / "other.pt", script="repa", model=other.state_dict(),
                          args=dict(heads=2, align_depth=1))
     args = repa.parse_args(["--compare", str(tmp_path / "other.pt")])
-    repa.draw_probes(small_sit(), data.load(str(pictures)), tmp_path, args, data.autocast("cpu", "fp32"))
+    dataset = data.load(str(pictures))
+    other = repa.read_compared(args, dataset)
+    repa.draw_probes(small_sit(), other, dataset, tmp_path, data.autocast("cpu", "fp32"))
     assert set(curves) == {"this run", "--compare"}
     assert curves["--compare"] == [(1, 1.0)] and curves["this run"] != [(1, 1.0)]
 

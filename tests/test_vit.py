@@ -525,6 +525,20 @@ def test_resuming_with_other_sizes_or_classes_is_refused(refused, pictures, tmp_
     assert "does not fit these options" in refused(vit, "--out", tmp_path / "plain", "--resume", "--dim", 32)
 
 
+def test_a_head_for_other_classes_gets_no_accuracy(pictures, tmp_path):
+    """As many classes with other names: what the head finds says nothing about them."""
+    arrays = dict(np.load(pictures))
+    np.savez(tmp_path / "renamed.npz", **arrays, class_names=["dark", "gray", "light"])
+    train("--data", pictures, "--steps", 1, "--batch-size", 8, "--out", tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    assert "accuracy" in train("--load", path, "--out", tmp_path / "a")
+    assert "accuracy" not in train("--load", path, "--data", tmp_path / "renamed.npz", "--out", tmp_path / "b")
+    dataset = data.load(str(pictures))
+    assert data.has_classes(path, dataset) and data.has_classes(None, dataset)
+    torch.save(random_state(classes=3), tmp_path / "released.pt")
+    assert data.has_classes(tmp_path / "released.pt", dataset)  # it does not tell
+
+
 @pytest.mark.parametrize("kind, mean, std", [
     ("google", [0.5] * 3, [0.5] * 3), ("timm", [0.5] * 3, [0.5] * 3),
     ("mae", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), ("vit", None, None), ("own mae", None, None)])
