@@ -6,8 +6,8 @@
 The same encoder (patch 4, width 128, depth 4, 4 heads), the same images and the same probes for each objective, by the
 scripts' own commands: `python mae.py --steps 1200 --seed 0 --out out/thread/...`; a run that has ended is not repeated.
 Prints a Markdown table, mean and standard deviation over the seeds, and draws the linear probe against images seen and
-seconds. iGPT works at 16 x 16 with a token for each pixel. "fine-tuned": `vit.py --init` with the encoder of the
-longest run, all labels, 400 steps.
+seconds. iGPT works at 16 x 16 with a token for each pixel; I-JEPA masks single patches. "fine-tuned": `vit.py --init`
+with the encoder of the longest run, all labels, 400 steps.
 """
 
 import argparse
@@ -37,8 +37,9 @@ NAMES = {
     "random": "untrained ViT",
     "pixels": "raw pixels",
 }
-OPTIONS = {  # the size of the other encoders, and not so few colors as by default
-    "igpt": ["--dim", "128", "--depth", "4", "--colors", "64", "--batch-size", "8"],
+OPTIONS = {  # where README's table was not measured with the default
+    "igpt": ["--dim", "128", "--depth", "4", "--colors", "64", "--batch-size", "8"],  # as large as the other encoders
+    "jepa": ["--masking", "random"],
 }
 COLUMNS = {  # score -> its name in the table
     "probe": "linear",
