@@ -6,7 +6,7 @@
 
 Each command writes its scores to out/gpu/results.json as soon as it has ended, and is not run again. A command that was
 stopped by the time limit goes on from its checkpoint the next time. At the end stands a Markdown table. `--list` prints
-the commands alone.
+the commands alone. REPA's teachers have a script of their own, tests/teachers.py.
 """
 
 import argparse
@@ -23,18 +23,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import mae  # noqa: E402
-import repa  # noqa: E402
 import vit  # noqa: E402
 
 # About 3 million parameters: patches of 4, so 64 tokens of an image of 32 x 32 pixels.
 ENCODER = "--patch-size 4 --dim 192 --depth 9 --heads 6"
 EPOCHS_100 = "--batch-size 512 --steps 9800"  # 100 times the 50,000 images of CIFAR-10
-TEACHERS = {  # of REPA's arms; "pixels" is a file that this script writes, see write_pixel_teacher
-    "plain": "--align 0",
-    "vit": "--teacher {out}/vit/checkpoint.pt",
-    "untrained": "--teacher random",
-    "pixels": "--teacher {out}/pixels.pt",
-}
 VIT = f"vit.py {ENCODER} {EPOCHS_100} --augment strong --lr 0.002 --warmup 980"
 SIT = "--image-size 32 --patch-size 4 --dim 256 --depth 8 --heads 4 --align-depth 3"
 
@@ -42,10 +35,6 @@ SIT = "--image-size 32 --patch-size 4 --dim 256 --depth 8 --heads 4 --align-dept
 ITEMS = {
     "vit": {
         "vit": VIT,
-    },
-    "repa": {
-        f"repa_{name}": f"repa.py {SIT} --steps 2500 --batch-size 256 --lr 0.001 --samples 5000 {words}"
-        for name, words in TEACHERS.items()
     },
     "mae": {
         "mae": f"mae.py {ENCODER} --batch-size 512 --steps 9800 --lr 0.002 --warmup 980 --norm-pix "
@@ -76,18 +65,6 @@ ITEMS = {
 }
 SHOWN = ["accuracy", "probe", "probe_last_four", "knn", "nats_per_pixel", "probe_by_layer", "zero_shot_seen", "frechet",
          "seconds"]
-
-
-def write_pixel_teacher(path):
-    """A teacher whose tokens are the clean pixels of the patches, normalized: a control for REPA. Its one block adds
-    nothing, as its last layers are zero, and it has no positions."""
-    teacher = repa.Teacher(image_size=32, patch_size=4, dim=48, depth=1, heads=4)
-    with torch.no_grad():
-        for p in teacher.parameters():
-            p.zero_()
-        teacher.patch_embed.proj.weight.copy_(torch.eye(48).reshape(48, 3, 4, 4))
-        teacher.norm.weight.fill_(1)
-    data.save_checkpoint(path, script="teacher", model=teacher.state_dict(), args={"heads": 4})
 
 
 # --------------------------------------------------------------------------------------------- the loop's speed
@@ -242,7 +219,6 @@ def main():
     if path.exists() and not options.tiny:
         results = json.loads(path.read_text(encoding="utf8"))
     deadline = time.time() + 60 * options.minutes
-    write_pixel_teacher(options.out / "pixels.pt")
     for item in options.items:
         if item == "loop":
             measure_loop(options, results)
