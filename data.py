@@ -900,12 +900,17 @@ def png_chunk(kind, body):
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
 
 
+# Eight colors that the color-blind can tell apart, too (Okabe and Ito 2008; the yellow is darker).
+CURVE_COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7",
+                "#E69F00", "#56B4E9", "#000000", "#A09000"]
+
+
 def save_chart(path, series, xlabel, ylabel, lines=True):
     """An SVG chart of {label: [(x, y), ...]} with axes, ticks and legend; lines=False: points.
 
     Points that are not finite are left out.
 
-    Copy with: UserError, refuse, replace, ticks, write_file.
+    Copy with: CURVE_COLORS, UserError, refuse, replace, ticks, write_file.
     """
     curves = {}
     for name, points in series.items():
@@ -938,6 +943,8 @@ def save_chart(path, series, xlabel, ylabel, lines=True):
         out.append(f'<path d="M70 {py(y):.1f}h-5" stroke="black"/>')
     for i, (name, points) in enumerate(curves.items()):
         color = f"hsl({i * 137 % 360} 65% 42%)"  # steps of 137 degrees: neighbors differ
+        if len(curves) <= len(CURVE_COLORS):
+            color = CURVE_COLORS[i]
         pixels = [(px(x), py(y)) for x, y in points]
         if lines:
             corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in pixels)
