@@ -7,7 +7,7 @@ Then a sentence is a classifier: an image belongs to the class whose prompt is m
     logits = e^t I_e T_e^T,  loss = (cross_entropy(logits, [0..B-1]) + the same of logits^T) / 2
 
     python clip.py                                    # the default data set, "shapes"
-    python clip.py --text-encoder transformer         # a text encoder that knows the words' order
+    python clip.py --text-encoder transformer --out out/order     # it knows the words' order
     python clip.py --objective bow --out out/bow      # predict which words are in the caption
     python clip.py --image-encoder resnet --out out/resnet --compare out/clip
     python clip.py --load ViT-B-32.pt --tokenizer bpe_simple_vocab_16e6.txt.gz --data cifar10
@@ -189,12 +189,11 @@ def l2_normalize(x, axis):
 class CLIP(nn.Module):
     """images (B, 3, H, H), normalized, and ids (B, 77) -> logits (B, B), a row for each image.
 
-    image_encoder: "vit", or "resnet" (only this one needs ResNet, Bottleneck, conv_and_norm).
-    text_encoder: "transformer" or "cbow". quick_gelu: False for the exact GELU.
+    image_encoder: "vit" or "resnet". text_encoder: "transformer" or "cbow". quick_gelu: False for
+    the exact GELU. (For "vit" alone, a copy needs no ResNet, Bottleneck and conv_and_norm.)
     Copy with: ImageTransformer, TextTransformer, CBOW, transformer_layers, eos_position,
-    l2_normalize,
-    ResNet, Bottleneck, conv_and_norm, Block, Attention, MLP, LayerNorm, PatchEmbed, patchify,
-    quick_gelu, sincos_2d.
+    l2_normalize, ResNet, Bottleneck, conv_and_norm, Block, Attention, MLP, LayerNorm, PatchEmbed,
+    patchify, quick_gelu, sincos_2d.
     """
 
     def __init__(self, image_size=32, patch_size=4, dim=128, depth=4, heads=4, embed_dim=512,
@@ -296,7 +295,7 @@ class CLIP(nn.Module):
         """From this script's files or OpenAI's. The latter contain code that runs on loading: read
         only those that you trust. open_clip's files with OpenAI's parameter names (laion2b's) need
         quick_gelu=False, unless the model's name ends in "-quickgelu": the file does not tell. Nor
-        does it tell the heads of both encoders; None: each is 64 wide, as in all released ones."""
+        do released files tell the number of heads; None: as in OpenAI's encoders of this width."""
         with data.refuse(f"{path}: does not hold a CLIP"):
             state, sizes = data.read_clip(path, heads=heads, text_heads=text_heads)
             model = cls(**sizes, quick_gelu=quick_gelu)
@@ -630,6 +629,7 @@ class ResNet(nn.Module):
         # Sides shrink by this factor: 4 in the stem, and 2 in each stage but the first.
         self.patch_size = 2 ** (number + 1)
         self.grid = image_size // self.patch_size
+        # The pooling's heads have 64 of 4 * dim numbers, and the first stage's width is halved.
         if image_size % self.patch_size or dim % 16 or dim % 2**number or min(depth) == 0:
             raise UserError(f"a ResNet of {number} stages needs --image-size divisible by "
                             f"{self.patch_size}, --dim by 16, --depth of at least 2")
@@ -873,10 +873,10 @@ def learning_rate(step, args):
 
 def load(args):
     """-> the model of --load and its tokenizer. Changes args: size of images and patches, and how
-    images are normalized, become the model's."""
+    images are normalized, become the model's; there are no training steps."""
     model = CLIP.from_pretrained(args.load, quick_gelu=not args.exact_gelu)
     released = not data.is_own(args.load)  # by OpenAI or open_clip
-    if released:  # (data.parse has read these two from our own files)
+    if released:  # for our own files, data.parse has read mean and std
         args.mean, args.std = data.OPENAI
     args.steps = 0  # no training
     args.patch_size = model.image_encoder.patch_size
@@ -898,18 +898,30 @@ def pick_tokenizer(args, dataset):
     return Tokenizer.train(dataset.train_captions, args.vocab_size)
 
 
+def left_and_right(tokenizer, captions):
+    """The tokens of "left" and "right". None for both if a word has several tokens and cannot be
+    exchanged: then a mirrored image's caption could become wrong. If no caption has these words,
+    there is nothing to exchange: -1, which is no token."""
+    if not any(word in caption.lower() for caption in captions for word in ("left", "right")):
+        return -1, -1
+    left = tokenizer.encode("left")
+    right = tokenizer.encode("right")
+    if len(left) > 1 or len(right) > 1:
+        return None, None
+    return left[0], right[0]
+
+
 def mirror(images, ids, left, right):
     """Mirrors each image with probability 1/2, and then exchanges left and right in its caption.
 
-    left, right: lists of the tokens of these two words. Unless each word is a single token, it
-    cannot be exchanged, and no image is mirrored: its caption could become wrong.
+    left, right: the token of each of these two words, see left_and_right; None: nothing is done.
     """
-    if len(left) != 1 or len(right) != 1:
+    if left is None or right is None:
         return images, ids
     is_mirrored = torch.rand(len(images), device=images.device) < 0.5
     images = torch.where(is_mirrored[:, None, None, None], images.flip(3), images)
-    exchanged = torch.where(ids == left[0], right[0], ids)
-    exchanged = torch.where(ids == right[0], left[0], exchanged)  # asks ids: "right" as it was
+    exchanged = torch.where(ids == left, right, ids)
+    exchanged = torch.where(ids == right, left, exchanged)  # not those of the line above
     return images, torch.where(is_mirrored[:, None], exchanged, ids)
 
 
@@ -953,7 +965,7 @@ def train(args):
     names, templates, parts = data.zero_shot_task(dataset)
     prompts = tokenize_prompts(tokenizer, names, templates).to(device)
     train_ids = tokenizer(dataset.train_captions, truncate=True).to(device)
-    sides = [tokenizer.encode("left"), tokenizer.encode("right")]
+    sides = left_and_right(tokenizer, dataset.train_captions)
     # Shift images by up to 4 pixels; those of `shapes` (only it has unseen images) by 2, because
     # their captions tell positions.
     pad = 4 if dataset.unseen_images is None else 2

@@ -62,7 +62,7 @@ class Attention(nn.Module):
         mask = None  # which keys a query may see: all of them
         if self.causal and N > 1:  # one query alone is the last token, which may see all keys
             # The queries are the last N of M tokens: query i is token M - N + i, and sees the keys
-            # up to there. tril keeps what lies on and below that diagonal.
+            # up to there: tril(M - N) keeps the keys j <= M - N + i.
             mask = torch.ones(N, M, dtype=torch.bool, device=x.device).tril(M - N)
 
         # Both branches compute the same formula. The first is the faster one in bfloat16 on a CPU,
@@ -208,7 +208,7 @@ def sincos_2d(dim, rows, columns=None):
         [sin(c omega) | cos(c omega) | sin(r omega) | cos(r omega)]
 
     omega: D/4 frequencies from fast to slow, omega_k = 10000^(-k / (D/4)). Near patches get similar
-    rows. The first half tells the column, the second half the row.
+    vectors: the first half of a vector tells the column, the second half the row.
     """
     if dim % 4:
         raise ValueError(f"a sin-cos table needs a width divisible by 4, not {dim}")

@@ -15,12 +15,12 @@ Default run, seed 0, float32: 0.202 nats per pixel (1.870 for a model that knows
 each color is); linear probe on layer 2, the best of 0 to 8, 0.394 (untrained 0.264, pixels 0.331).
 
 Differences from the paper:
-1. 256 tokens and 8 colors, not 1,024 and 512: so few that a short run learns outlines of shapes.
-2. The palette is k-means from random pixels; the authors published no recipe for theirs.
+1. 256 tokens and 8 colors, not 1,024 or more and 512: a short run learns outlines of shapes.
+2. The palette is k-means of this data set's pixels; how theirs was fitted is not published.
 3. Images are shifted and flipped; gradients are clipped at norm 1, as in all six scripts.
 4. The trained position table starts as MAE's table of rows and columns (theirs: random, std 0.01),
    color embeddings and start vector with std 0.5 (0.02). So, unlike theirs, the model is told what
-   lies above what; a short run does not learn it.
+   lies above what, because a short run would not learn it.
 5. 24 heads in XL, an unpublished number: 3072 / 24 = 128 is the width of M's heads.
 """
 
@@ -151,9 +151,9 @@ class ImageGPT(nn.Module):
         return loss, class_logits
 
     def features(self, tokens, layer):
-        """tokens (B, N) -> (B, D), equation 6 of the paper: the mean of what the next layer's
-        attention reads after `layer` layers (0 to depth), that is, the tokens normalized by its
-        norm1; after all layers, by the final norm."""
+        """tokens (B, N) -> (B, D), equation 6 of the paper: the outputs of the first `layer` layers
+        (0 to depth), normalized as the next layer does it, by its norm1 (after the last layer, by
+        the final norm); then their mean over the tokens."""
         x = self.embed(tokens)
         for block in self.blocks[:layer]:
             x = block(x)
@@ -344,7 +344,8 @@ def evaluate(model, dataset, out, args, amp):
     # The entropy: the loss of a model that knows only how frequent each color is.
     share = torch.bincount(tokens.flatten()).float() / tokens.numel()
     scores["palette_entropy"] = torch.special.entr(share).sum().item()  # sum of - p log p
-    # Without labels, the classifier gets no gradient and stays zero; else the model is fine-tuned.
+    # Without labels, the classifier gets no gradient: only a fine-tuned model's is not zero. (With
+    # --load, the data set may have other classes than the file.)
     if model.classifier.weight.any() and data.has_classes(args.load, dataset):
         last = functools.partial(image_features, model=model, dataset=dataset,
                                  layer=len(model.blocks))
@@ -420,7 +421,7 @@ def learning_rate(step, args):
 
 
 def build(args):
-    """A new model with the sizes in the options, and the classes of the data set (open_data)."""
+    """A new model with the sizes in the options. (open_data has put class_names into args.)"""
     return ImageGPT(image_size=args.image_size, dim=args.dim, depth=args.depth, heads=args.heads,
                     num_colors=args.colors, num_classes=len(args.class_names),
                     objective=args.objective)
@@ -451,7 +452,8 @@ def train(args):
     device = data.pick_device(args.device)
     amp = data.autocast(device, args.precision)  # matrix products in bfloat16 where that is fast
     out = pathlib.Path(args.out)
-    # A new run: build, then fit_palette. --load: read. --finetune: read, and a new classifier.
+    # A new run: build, then fit_palette or --palette. --load: read. --finetune: read, and a new
+    # classifier.
     # --resume: build with the checkpoint's options, and data.resume reads weights and colors.
     resumed = args.resume and (out / "checkpoint.pt").exists()
     starts_fine_tuning = args.finetune and not resumed

@@ -2,7 +2,7 @@
 
 An encoder sees a part of the image, the context (the slide's "one block"). A predictor predicts
 what a second encoder, which sees it all, outputs for masked blocks around it: meaning, not pixels.
-The second is the slow average of the first: trained by gradients, all outputs could become equal.
+The second is the slow average of the first. If gradients trained it, all could become equal.
 
     loss = mean smooth_l1(predictor(encoder(context), positions), norm(target_encoder(image)))
 
@@ -15,7 +15,7 @@ Default run, seed 0: linear probe on the patch mean 0.752 (untrained 0.305, pixe
 
 Differences from the paper:
 1. norm is `center_targets`. LayerNorm's targets mostly tell position and color (probe 0.328).
-2. `tiny` masks blocks of 2 x 2 patches: probe 0.622 after 1,200 steps, with the paper's 0.425.
+2. `tiny` masks blocks of 2 x 2 patches: probe 0.622 after 1,200 steps; large ones give 0.425.
 3. MAE's initial weights, momentum 0.99 to 0.999, constant weight decay: our runs are short.
 """
 
@@ -76,7 +76,7 @@ class Encoder(nn.Module):
 
 
 class Predictor(nn.Module):
-    """Predicts the representations of the K patches target_idx (B, K) of one target block from
+    """Predicts the representations of the K patches target_idx (B, K), one target, from
     z (B, n, D), the encoder's output for the patches context_idx (B, n). -> (B, K, D).
 
     Copy with: Block, Attention, MLP, LayerNorm, sincos_2d.
@@ -132,23 +132,23 @@ class IJEPA(nn.Module):
         """MAE's: Xavier for the Linear layers, zero biases, std 0.02 for the mask token. The patch
         projection is this repository's."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):  # qkv: drawn as one matrix, 3 D x D, so a bit smaller
-                nn.init.xavier_uniform_(module.weight)
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)  # qkv as one (3 D, D) matrix
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Conv2d):  # in PatchEmbed: a linear map, stored as a Conv2d
                 # With this std, 3 P^2 numbers of variance 1 give outputs of variance 1. With 0.02,
-                # as by I-JEPA's authors, the std of the outputs would be 0.14 for P = 4, that of
-                # the positions is 0.7: what the patch shows would hardly count.
+                # as by I-JEPA's authors, they would be about 0.14 for P = 4, and the positions 0.7
+                # (root mean square): what the patch shows would hardly count.
                 nn.init.normal_(module.weight, std=1 / math.sqrt(3 * self.encoder.patch_size**2))
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.predictor.mask_token, std=0.02)
         self.target_encoder.load_state_dict(self.encoder.state_dict())  # both start equal
 
     def loss(self, images, context_idx, target_idx, stop_grad=True):
-        """context_idx (B, n) and target_idx (M, B, K), the patches of M target blocks
+        """context_idx (B, n), target_idx (M, B, K): M targets, with multiblock_masks a block each
         -> (loss: mean over images, blocks, patches and D; predictions (M, B, K, D)).
 
         smooth_l1 and the targets' LayerNorm are those of the authors' code; the paper writes L2."""
@@ -166,7 +166,7 @@ class IJEPA(nn.Module):
         h = center_targets(h) if self.center else F.layer_norm(h, h.shape[-1:])
         losses = []
         predictions = []
-        for idx in target_idx:  # one target block after another, (B, K), each by itself
+        for idx in target_idx:  # one target after another, (B, K), each by itself
             pred = self.predictor(z, context_idx, idx).to(h.dtype)  # (B, K, D)
             losses.append(F.smooth_l1_loss(pred, take(h, idx)))
             predictions.append(pred)
@@ -211,8 +211,8 @@ def center_targets(h):
     gets variance 1.
 
     What is left cannot be guessed from the position or the overall color alone: it is how this
-    patch differs from the rest of its image. For that, the encoder must know what the image shows;
-    measured, the patch mean of its own output tells the class much better (difference 1).
+    patch differs from the rest of its image. To predict it, one must know what the image shows. An
+    encoder trained with these targets gives a probe of 0.752, with LayerNorm's 0.328.
     """
     h = h - h.mean(dim=0, keepdim=True)  # what all images have in common at this position goes
     h = h - h.mean(dim=1, keepdim=True)  # what this image has in common at all positions goes
@@ -247,7 +247,7 @@ def multiblock_masks(B, grid, number=4, scale=(0.15, 0.2), aspect=(0.75, 1.5), m
             noise = torch.rand(B, grid**2)
             context_idx = (context + noise).topk(n, dim=1).indices
             # 6. From booleans to indices: nonzero gives a row (block, image, patch) for each True,
-            # in this order; all blocks have the same number of patches, K.
+            # sorted by block, then image. All blocks have the same number of patches, K.
             by_block = targets.transpose(0, 1)  # (number, B, N)
             patch = by_block.nonzero()[:, 2]  # (number * B * K,)
             return context_idx, patch.reshape(number, B, -1)
@@ -289,7 +289,7 @@ def block_masks(B, grid, share=0.6, side=2):
     """
     N = grid**2
     K = math.ceil(share * N)  # number of target patches
-    if K >= N or side >= grid:
+    if K >= N or side >= grid:  # a block that covers all would give always the same mask
         raise UserError(f"masks of {share} of {N} patches leave no context, or always the same; "
                         "use more patches")
     # 1. For each image N blocks, more than are needed. They may overlap.
@@ -299,7 +299,7 @@ def block_masks(B, grid, share=0.6, side=2):
     # number of the first block that covers it, from 0 on; N if none does.
     block_number = torch.arange(N)[:, None]  # (N blocks, 1), for blocks (B, N blocks, N patches)
     first = torch.where(blocks, block_number, N).amin(dim=1)  # (B, N patches)
-    # 3. The K patches that are covered first are the targets. Of the last block it may be a part.
+    # 3. The K patches that are covered first are the targets: of the last block, perhaps a part.
     order = first.argsort(dim=1, stable=True)
     return order[:, K:], order[None, :, :K]
 
@@ -356,7 +356,7 @@ def put(x, index, values):
 
 
 def draw_masks(model, dataset, out, args):
-    """Each row: a test image | its context | its targets, a panel a block; the rest is gray."""
+    """Each row: a test image | its context | its targets, a panel each; the rest is gray."""
     P = model.encoder.patch_size
     grid = model.encoder.grid
     images = dataset.test_images[:8].float() / 255

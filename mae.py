@@ -80,13 +80,13 @@ class MAE(nn.Module):
         """As in the authors' code: Xavier for all matrices, biases zero (except patch_embed's),
         class and mask token normal with std 0.02, norms the identity."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):  # qkv: drawn as one matrix, 3 D x D, so a bit smaller
-                nn.init.xavier_uniform_(module.weight)
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)  # qkv as one (3 D, D) matrix
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
-        self.patch_embed.proj.reset_parameters()  # its bias is random, as PyTorch draws it
+        self.patch_embed.proj.reset_parameters()  # PyTorch's; for the bias, which stays random
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # a view: (D, 3*P*P)
         nn.init.normal_(self.cls_token, std=0.02)
         self.pos_embed[0, 1:] = sincos_2d(self.pos_embed.shape[2], self.grid)
@@ -117,7 +117,7 @@ class MAE(nn.Module):
         """x (B, 1 + n, D), class token and visible patches -> pixels of all patches (B, N, P*P*3).
 
         `forward` has shuffled the patches and kept the first n. restore (B, N): where each went.
-        If the order is [2, 0, 3, 1], patch 0 went to position 1, patch 1 to 3: [1, 3, 0, 2]."""
+        If they now stand as 2, 0, 3, 1, patch 0 went to 1, patch 1 to 3: restore = 1, 3, 0, 2."""
         x = self.decoder_embed(x)  # (B, 1 + n, decoder_dim)
         cls_token = x[:, :1]
         x = x[:, 1:]
@@ -184,8 +184,8 @@ class MAE(nn.Module):
     @classmethod
     def from_pretrained(cls, path, norm_pix=False, heads=None, decoder_heads=None):
         """From the authors' files or this script's; else UserError. norm_pix: True for the authors'
-        mae_pretrain_*_full.pth, False for mae_visualize_*.pth; this script's files store their own.
-        heads, decoder_heads: no file tells them; None: those of the released model this wide."""
+        mae_pretrain_*_full.pth, False for mae_visualize_*.pth. heads, decoder_heads: the authors'
+        files do not tell them; None: as in their model of this width. Ours store all three."""
         with data.refuse(f"{path}: does not hold a masked autoencoder"):
             state, sizes = data.read_mae(path, heads=heads, decoder_heads=decoder_heads)
             sizes.setdefault("norm_pix", norm_pix)
@@ -258,7 +258,7 @@ def parse_args(argv=None):
                type=number(int, 1, 65536))
     parser.add("--decoder-heads", None, "The decoder's number of heads, if not that of --size.",
                type=number(int, 1, 65536))
-    args = data.parse(parser, "mae", SIZES, argv)
+    args = data.parse(parser, "mae", SIZES, argv)  # --size fills in what is None
     if args.decoder_dim % 4 or args.decoder_dim % args.decoder_heads:
         raise UserError(f"--decoder-dim {args.decoder_dim} must be a multiple of 4 and of "
                         f"--decoder-heads {args.decoder_heads}")

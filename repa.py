@@ -4,8 +4,8 @@ Diffusion in short: x_t = (1 - t) image + t noise goes from the image (t = 0) to
 the velocity noise - image. A network v (here SiT, Ma et al. 2024, arXiv 2401.08740) learns to guess
 the velocity from x_t, t and the class. Then it leads fresh noise back to a new image, in steps.
 
-To guess well, v must find out what x_t shows. REPA helps: from each token h after an early block a
-projector makes a vector, trained to point in the direction of a frozen teacher's token there.
+To guess well, v must find out what x_t shows. REPA helps: a projector turns each token h after an
+early block into a vector, trained to point in the direction of a teacher's token for its patch.
 
     loss = mean (v(x_t, t, class) - (noise - image))^2 - 0.5 mean cos(projector(h), teacher(image))
 
@@ -167,8 +167,8 @@ class SiT(nn.Module):
 
     def start_larger(self):
         """Difference 3: the blocks read c, time and class, through adaLN_modulation, whose matrix W
-        starts at zero and grows by about the learning rate a step. Its output is W silu(c): if c
-        is small, the output stays small for a long time. So c starts larger."""
+        starts at zero and grows by about the learning rate a step (AdamW). Its output is W silu(c):
+        if c is small, the output stays small for a long time. So c starts larger."""
         nn.init.xavier_uniform_(self.t_embedder.mlp[0].weight)
         nn.init.xavier_uniform_(self.t_embedder.mlp[2].weight)
         nn.init.normal_(self.class_embed.weight, std=0.5)
@@ -250,8 +250,8 @@ class SiT(nn.Module):
     @classmethod
     def from_pretrained(cls, path, heads=None, sit_time=None):
         """This script's file, REPA's last.pt or a checkpoint of its train.py, or SiT-XL-2-256.pt,
-        else UserError; averaged weights if it holds any. sit_time=None: True if the model also
-        predicts a variance, as SiT's do. heads=None: as in the released model of this width."""
+        else UserError; averaged weights if it holds any. sit_time=None: found out; SiT's files
+        also predict a variance, REPA's do not. heads=None: as stored, or as released."""
         with data.refuse(f"{path}: does not hold a SiT"):
             state, sizes = data.read_sit(path, heads=heads, sit_time=sit_time)
             model = cls(**sizes)
@@ -272,7 +272,7 @@ def draw_times(images, times):
 
 
 def guided_velocity(model, x, t, y, cfg, dtype):
-    """The velocity at x (B, C, H, H) and time t, a float. dtype is the model's; x is float64.
+    """The velocity at x (B, C, H, H) and time t, a float. dtype: the model's; x may be float64.
 
     cfg > 1, classifier-free guidance: goes further along velocity(class) - velocity(any image)."""
     t = torch.full((len(y),), t, dtype=dtype, device=y.device)  # (B,)
@@ -326,9 +326,9 @@ def sample_sde(model, noise, y, steps=50, cfg=1.0, interval=(0, 1), generator=No
     # normal with mean (1 - t) image and std t, so the score is -(x_t - (1 - t) image) / t^2, which
     # is -n / t for the noise n in x_t. The model's velocity tells the n to expect:
     #     x_t = (1 - t) image + t n  and  v = n - image  give  n = x_t + (1 - t) v.
-    # For any w, a step along v - w / 2 * score that then adds noise of variance w |dt| leads to the
-    # same distribution of x as a step along v, if steps are small (Song et al. 2021, arXiv
-    # 2011.13456, prove it). REPA takes w = 2 t: the step goes along v + n.
+    # For any w, a step dt (v - w / 2 * score), which also goes up the score, as dt < 0, and then
+    # noise of variance w |dt| lead to the same distribution of x as a step dt v, if steps are small
+    # (Song et al. 2021, arXiv 2011.13456, prove it). REPA takes w = 2 t: the step is dt (v + n).
     # Many small steps are added up: in float64, where the device has it.
     x = noise.to(torch.float32 if noise.device.type == "mps" else torch.float64)
 
@@ -462,8 +462,9 @@ def train_teacher(args, dataset, amp):
 
 
 def pick_teacher(args, dataset, amp, out):
-    """The frozen teacher; None with --align 0 and no --teacher. With --align 0 and a --teacher only
-    its width is used: the model gets a projector, which is not trained (a control)."""
+    """The frozen teacher; None with --align 0 and no --teacher. With --align 0 and a --teacher, it
+    only tells the width: the model gets a projector that nothing trains, to check that this alone
+    changes nothing."""
     path = out / "teacher.pt"  # beside checkpoint.pt, so that --resume finds it
     # With --resume, a run goes on if there is its checkpoint.pt, else it begins anew.
     is_kept = args.resume and path.exists() and (out / "checkpoint.pt").exists()
@@ -606,7 +607,7 @@ def parse_args(argv=None):
     parser.add("--projector-dim", None, "The projector's width, if not that of --size.",
                type=data.number(int, 1, 65536))
     parser.add("--teacher", None, "The teacher's file (vit, mae, jepa, DINOv2, timm), or random: "
-               "an untrained ViT. A small ViT is trained first if this is not given.")
+               "an untrained ViT. Without it, a small ViT is trained first (not with --align 0).")
     parser.add("--teacher-steps", 300, "The training steps of that small ViT.", type=count)
     parser.add("--times", "lognormal", "How training draws the times; uniform is the paper's.",
                choices=["uniform", "lognormal"])

@@ -163,7 +163,7 @@ class ViT(nn.Module):
     def from_pretrained(cls, path, num_classes=None, image_size=None, heads=None):
         """From a vit, mae or jepa checkpoint of this repository, or a file of timm (state dict),
         Google (.npz), MAE, I-JEPA (target encoder) or DINOv2; else UserError. num_classes and
-        image_size: see `adapt`. heads: a file of weights does not show their number; None: as in
+        image_size: see `adapt`. heads: the released files do not show their number; None: as in
         the released model of this width."""
         with data.refuse(f"{path}: does not hold a ViT encoder"):
             state, sizes = data.read_encoder(path, heads=heads)
@@ -189,7 +189,7 @@ def attention_maps(model, images):
 
 
 def attention_distance(maps, patch_size):
-    """Figure 7 right: the mean distance in pixels from a patch to the others, weighted by how much
+    """Figure 7 right: the mean distance in pixels from a patch to all patches, weighted by how much
     it attends to each, (layers, h)."""
     n = math.isqrt(maps.shape[-1])  # the side of the grid: isqrt of n^2 and of 1 + n^2 is n
     # Leave out the class token, which is nowhere in the image. Scale the rest to the sum 1 again.
@@ -265,7 +265,7 @@ def draw_attention_distance(model, dataset, out):
 
 
 def draw_rollout(model, dataset, out):
-    """Eight test images; below them the same images, dark where nothing reaches the features."""
+    """Eight test images; below them the same: the darker, the less of it reaches the features."""
     images = dataset.test_images[:8]
     light = rollout(attention_maps(model, dataset.normalize(images)))  # (8, 1, n, n)
     # From one number a patch to one number a pixel.
@@ -370,12 +370,12 @@ def build(args):
 
 def read_model(args):
     """The model of --load or --init. Changes args: they get the model's sizes, and how its images
-    are normalized. Only --image-size stays with --init: `train` adapts the model to it."""
+    are normalized. With --init, --image-size keeps its value: `train` adapts the model to it."""
     path = args.load or args.init
     checkpoint = pathlib.Path(args.out) / "checkpoint.pt"
     if args.init and args.resume and checkpoint.exists():
-        # Only the sizes matter now, as data.resume loads the weights. This run's own checkpoint
-        # tells them, too; --init's file may be gone by now.
+        # The weights do not matter now, as data.resume loads them. All else this run's own
+        # checkpoint tells, too; --init's file may be gone by now.
         path = checkpoint
     model = ViT.from_pretrained(path)
     args.patch_size = model.patch_size
@@ -459,7 +459,8 @@ def train(args):
 
     # Scores and pictures.
     model.eval()
-    if model.num_classes == K and data.has_classes(args.load, dataset):  # --load: any head, or none
+    # A file of --load may have no head, or one for other classes; else there is always an accuracy.
+    if model.num_classes == K and data.has_classes(args.load, dataset):
         scores["accuracy"] = score_classifier(model, dataset, amp)
     if args.train_images:
         scores["cnn"] = score_classifier(data.train_cnn(dataset, args.seed), dataset, amp)

@@ -559,8 +559,8 @@ def test_mirrored_images_have_mirrored_captions():
     dataset = data.shapes(counts=(400, 10, 10))
     tokenizer = Tokenizer.train(dataset.train_captions, 1024)
     ids = tokenizer(dataset.train_captions)
-    left = tokenizer.encode("left")
-    right = tokenizer.encode("right")
+    left, right = clip.left_and_right(tokenizer, dataset.train_captions)
+    assert [left] == tokenizer.encode("left") and [right] == tokenizer.encode("right")
     torch.manual_seed(0)
     images, exchanged = clip.mirror(dataset.train_images, ids, left, right)
     number = 0
@@ -578,12 +578,27 @@ def test_images_are_not_mirrored_where_the_caption_cannot_be():
     dataset = data.shapes(counts=(40, 10, 10))
     tokenizer = Tokenizer.train(dataset.train_captions, 524)  # too few tokens for whole words
     ids = tokenizer(dataset.train_captions)
-    left = tokenizer.encode("left")
-    right = tokenizer.encode("right")
-    assert len(left) > 1 and len(right) > 1
-    for words in ((left, right), (left, right[:1]), (left[:1], right)):
-        images, same = clip.mirror(dataset.train_images, ids, *words)
-        assert (images == dataset.train_images).all() and (same == ids).all()
+    assert len(tokenizer.encode("left")) > 1 and len(tokenizer.encode("right")) > 1
+    assert clip.left_and_right(tokenizer, dataset.train_captions) == (None, None)
+    for word in ("left", "right"):  # one of them is enough
+        captions = [caption.replace(word, "side") for caption in dataset.train_captions]
+        assert clip.left_and_right(tokenizer, captions) == (None, None)
+    images, same = clip.mirror(dataset.train_images, ids, None, None)
+    assert (images == dataset.train_images).all() and (same == ids).all()
+
+
+def test_images_are_mirrored_where_no_caption_tells_sides():
+    """As for CIFAR-10: "left" is then no token of a learned tokenizer, and need not be."""
+    dataset = data.shapes(counts=(400, 10, 10))
+    captions = ["a photo of a cat."] * 400
+    tokenizer = Tokenizer.train(captions, 1024)
+    sides = clip.left_and_right(tokenizer, captions)
+    torch.manual_seed(0)
+    ids = tokenizer(captions)
+    images, same = clip.mirror(dataset.train_images, ids, *sides)
+    is_mirrored = (images == dataset.train_images.flip(3)).flatten(1).all(1)
+    is_kept = (images == dataset.train_images).flatten(1).all(1)
+    assert (is_mirrored | is_kept).all() and 160 < is_mirrored.sum() < 240 and (same == ids).all()
 
 
 def test_bag_of_words():
