@@ -75,7 +75,7 @@ class Data:
     def measure(self):
         """Sets image_size, mean and std."""
         self.image_size = self.train_images.shape[-1]
-        enough = 10_240_000 // self.image_size**2  # 10,000 images of 32 x 32 pixels
+        enough = max(1, 10_240_000 // self.image_size**2)  # 10,000 images of 32 x 32 pixels
         pixels = self.train_images[:enough].transpose(0, 1).flatten(1).float() / 255  # (3, n H H)
         self.mean = pixels.mean(1)
         self.std = pixels.std(1).clamp(min=1e-3)
@@ -172,9 +172,9 @@ CAPTIONS = [
 def shapes(seed=0, size=32, counts=(20000, 2000, 1000)):
     """The default data set: colored shapes on a textured ground, with captions; class = shape.
 
-    counts: how many training, test and unseen images. Color, size, position, angle and ground do
-    not depend on the class, and the ground is lighter than the shape as often as it is darker: a
-    single pixel tells little about the class, a model has to look at the form.
+    counts: how many training, test and unseen images. Size, position, angle and ground do not
+    depend on the class, color only by the pairs left out, and the ground is lighter than the shape
+    as often as it is darker: a pixel tells little about the class, one has to look at the form.
 
     Copy with: CAPTIONS, COLORS, Data, POSITIONS, SHAPES, normalize, signed_distance, turn.
     """
@@ -191,12 +191,13 @@ def shapes(seed=0, size=32, counts=(20000, 2000, 1000)):
 
     # What is in each image. Each of the ten shapes occurs equally often.
     shape = torch.cat([torch.randperm(n, generator=generator) % 10 for n in counts])
-    # The rule of the unseen pairs: each shape counts the eight colors from another one on, and
-    # colors 0 and 3 of each shape's eight occur only in the unseen images.
+    # The rule of the unseen pairs: shape s has its own order of the eight colors, which begins with
+    # color 3 s (modulo 8). Places 0 and 3 of this order occur only in the unseen images.
     common = torch.tensor([1, 2, 4, 5, 6, 7])[choose(6)]
     rare = torch.tensor([0, 3])[choose(2)]
     is_unseen = torch.arange(total) >= total - counts[2]
-    color = (3 * shape + torch.where(is_unseen, rare, common)) % 8
+    place = torch.where(is_unseen, rare, common)
+    color = (3 * shape + place) % 8
     position = choose(5)
     is_big = choose(2)
     wording = choose(4)
@@ -227,13 +228,16 @@ def shapes(seed=0, size=32, counts=(20000, 2000, 1000)):
             distance = scale * signed_distance(SHAPES[s], dx / scale, dy / scale)
             inside = (0.5 - distance).clamp(0, 1)[:, None]  # (n, 1, H, W); soft over one pixel
 
-            # One of four textures, between -1 and 1: stripes, checks, a finer mixture, a slope.
+            # One of four textures, from -1 to 1: stripes, checks, coarser checks, a slope.
             across, along = turn(x, y, tilt[i])
             a = (wave[i, None, None] * across + phase[i, None, None]).sin()
             b = (wave[i, None, None] * along + phase[i, None, None]).sin()
             slope = (x / size).expand_as(a)
-            patterns = torch.stack([a / 2, a * b / 2, (a + b) / 4, slope])  # (4, n, H, W)
-            pattern = patterns[texture[i], torch.arange(len(i))][:, None]  # (n, 1, H, W)
+            pattern = torch.empty_like(a)  # (n, H, W)
+            for t, candidate in enumerate([a / 2, a * b / 2, (a + b) / 4, slope]):
+                has_it = texture[i] == t  # (n,)
+                pattern[has_it] = candidate[has_it]
+            pattern = pattern[:, None]  # (n, 1, H, W)
 
             back = ground[i, :, None, None] + tint[i, :, None, None] * pattern
             drawn = back + inside * (paint[i, :, None, None] - back)
@@ -264,9 +268,10 @@ def turn(x, y, angle):
 
 
 def signed_distance(shape, x, y):
-    """The distance of points (n, H, W) to the outline of a shape, negative inside of it.
+    """About the distance of points (n, H, W) to the outline of a shape, negative inside of it.
 
-    The shape's radius is about 1, and y points downwards.
+    It is exact where the nearest part of the outline is straight or a circle, which is enough to
+    draw. The shape's radius is about 1, and y points downwards.
     """
     r = torch.hypot(x, y)
     up = -y
@@ -279,9 +284,12 @@ def signed_distance(shape, x, y):
         return torch.maximum(-up - 0.6, 0.87 * side + 0.5 * up - 0.46)
     if shape == "diamond":
         return 0.83 * side + 0.55 * y.abs() - 0.55
-    if shape == "star":  # fold the plane onto half of one arm; what is left is one straight line
-        angle = (torch.atan2(x, up) + math.pi / 5) % (2 * math.pi / 5) - math.pi / 5
-        return 0.59 * (r * angle.cos() - 1) + 0.81 * r * angle.sin().abs()
+    if shape == "star":
+        arm = 2 * math.pi / 5  # the angle between two arms
+        angle = (torch.atan2(x, up) + arm / 2) % arm - arm / 2  # from the nearest arm
+        along = r * angle.cos()  # coordinates along that arm, and across it
+        across = (r * angle.sin()).abs()
+        return 0.59 * (along - 1) + 0.81 * across  # one straight line, through the arm's tip
     if shape == "heart":  # two discs above, a point below
         point = torch.maximum(0.76 * side - 0.65 * up - 0.6, up - 0.35)
         return torch.minimum(torch.hypot(side - 0.43, up - 0.32) - 0.5, point)
@@ -486,9 +494,9 @@ def zero_shot_task(dataset):
 
     A name put for the {} of a template is a prompt; the first template is the one to use alone.
     parts: {"seen": (images, targets), "unseen": ...}, where targets (n,) int64 index the names.
-    For `shapes` the names are the 80 pairs of a color and a shape, and the templates are the
-    captions with every size and position. Any other data set has its class names, CLIP's templates
-    for CIFAR, and no part "unseen".
+    For `shapes` the names are the 80 pairs of a color and a shape, and the templates are "one {}"
+    and the captions with every size and position. Any other data set has its class names, CLIP's
+    templates for CIFAR, and no part "unseen".
 
     Copy with: CAPTIONS, CIFAR_TEMPLATES, COLORS, POSITIONS, SHAPES.
     """
@@ -501,8 +509,9 @@ def zero_shot_task(dataset):
     for caption in CAPTIONS:
         for size in ("small", "big"):
             for position in POSITIONS:
-                template = caption.replace("{color} {shape}", "{{}}")  # format makes it {}
-                templates.append(template.format(size=size, position=position))
+                template = caption.replace("{color} {shape}", "{}")
+                template = template.replace("{size}", size)
+                templates.append(template.replace("{position}", position))
 
     def targets(captions):
         found = []
@@ -556,8 +565,8 @@ def augment(images, pad=4, flip=True):
         """For each image, which row (or column) of pixels comes where after a shift, (B, side)."""
         shift = torch.randint(2 * pad + 1, (B, 1), device=device) - pad
         i = shift + torch.arange(side, device=device)
-        i = i.abs()  # reflect at the first pixel
-        return side - 1 - (side - 1 - i).abs()  # and at the last
+        i = torch.where(i < 0, -i, i)  # reflect at the first pixel: -1 becomes 1
+        return torch.where(i > side - 1, 2 * (side - 1) - i, i)  # and at the last
 
     rows = shifted(H)
     columns = shifted(W)
@@ -565,8 +574,9 @@ def augment(images, pad=4, flip=True):
         is_mirrored = torch.randint(2, (B, 1), device=device) == 1
         columns = torch.where(is_mirrored, columns.flip(1), columns)
     image = torch.arange(B, device=device)[:, None, None]
-    # The indices broadcast to (B, H, W), and the channels come last: (B, H, W, 3).
-    return images[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    pixels = images.permute(0, 2, 3, 1)  # (B, H, W, 3)
+    pixels = pixels[image, rows[:, :, None], columns[:, None, :]]  # indices broadcast to (B, H, W)
+    return pixels.permute(0, 3, 1, 2)
 
 
 def mixup_or_cutmix(images, targets):
@@ -594,13 +604,14 @@ def mixup_or_cutmix(images, targets):
 def random_erasing(images):
     """A quarter of the images get a square of one random color (Zhong 2020).
 
-    images (B, 3, H, W) float, normalized -> the same. The square's side is H / 4.
+    images (B, 3, H, H) float, normalized -> the same. The square's side is H / 4.
     """
-    B, _, H, W = images.shape
+    B, _, H, _ = images.shape
+    side = H // 4
     images = images.clone()
     for i in (torch.rand(B) < 0.25).nonzero()[:, 0]:
-        y, x = torch.randint(H - H // 4 + 1, (2,))
-        images[i, :, y:y + H // 4, x:x + W // 4] = torch.randn(3, 1, 1).to(images)
+        y, x = torch.randint(H - side + 1, (2,))
+        images[i, :, y:y + side, x:x + side] = torch.randn(3, 1, 1).to(images)
     return images
 
 
@@ -800,7 +811,8 @@ def frechet(x, y):
     S_x = x.T.cov()
     S_y = y.T.cov()
     values, vectors = torch.linalg.eigh(S_x)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # S_x^(1/2)
+    scales = torch.diag(values.clamp(min=0).sqrt())
+    root = vectors @ scales @ vectors.T  # S_x^(1/2)
     # The trace of a matrix's root is the sum of the roots of its eigenvalues.
     cross = torch.linalg.eigvalsh(root @ S_y @ root).clamp(min=0).sqrt().sum()
     means = (x.mean(0) - y.mean(0)).square().sum()
@@ -839,18 +851,22 @@ def train_cnn(dataset, seed=0, steps=200, batch_size=128):
     """A SmallCNN trained on the labels, in eval mode; kept in the data folder for the next call."""
     device = dataset.train_images.device
     layout = torch.channels_last  # the faster one on a CPU
-    torch.manual_seed(seed)
-    cnn = SmallCNN(len(dataset.class_names)).to(device, memory_format=layout)
+
+    def new_cnn():
+        torch.manual_seed(seed)
+        return SmallCNN(len(dataset.class_names)).to(device, memory_format=layout)
 
     # The file's name tells what it was trained on, and how: other images are another network.
     recipe = [VERSION, dataset.class_names, seed, steps, batch_size,
               dataset.mean.tolist(), dataset.std.tolist()]
     path = dataset.root / f"cnn-{digest(dataset, repr(recipe).encode())}.pt"
     if path.exists():
-        with refuse(f"{path}: delete it, and the next run makes it again"):
+        with contextlib.suppress(UserError, KeyError, RuntimeError):  # a damaged file is made again
+            cnn = new_cnn()
             cnn.load_state_dict(load_checkpoint(path, "cnn")["model"])
-        return cnn.eval()
+            return cnn.eval()
 
+    cnn = new_cnn()
     optimizer = torch.optim.AdamW(cnn.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
     for step in range(steps):
@@ -879,12 +895,14 @@ def save_png(path, images, columns=8, gap=2):
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     images = images.cpu().repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    images = F.pad(images, (0, gap, 0, gap), value=255)  # a white gap on the right and below
-    sheet = images.new_full((rows * columns, *images.shape[1:]), 255)
-    sheet[:len(images)] = images
-    sheet = sheet.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2)  # (rows, H, columns, W, 3)
-    sheet = F.pad(sheet.flatten(0, 1).flatten(1, 2), (0, 0, gap, 0, gap, 0), value=255)
-    H, W, _ = sheet.shape
+    h, w = images.shape[2:]
+    H = gap + rows * (h + gap)
+    W = gap + columns * (w + gap)
+    sheet = torch.full((H, W, 3), 255, dtype=torch.uint8)  # white
+    for n, image in enumerate(images):
+        y = gap + n // columns * (h + gap)
+        x = gap + n % columns * (w + gap)
+        sheet[y:y + h, x:x + w] = image.permute(1, 2, 0)
     lines = np.pad(sheet.reshape(H, -1).numpy(), ((0, 0), (1, 0)))  # a line: filter byte 0, RGB...
     header = struct.pack(">IIBBBBB", W, H, 8, 2, 0, 0, 0)  # 8 bits, 2: RGB
     content = b"\x89PNG\r\n\x1a\n"
@@ -929,8 +947,10 @@ def save_chart(path, series, xlabel, ylabel, lines=True):
         return f'<text x="{x:.1f}" y="{y:.1f}" {more}>{html.escape(words)}</text>'
 
     width = 560 + max([120, *(7 * len(name) for name in curves)])  # room for the legend
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="370" font-size="12" '
-           f'font-family="sans-serif"><rect width="{width}" height="370" fill="white"/>'
+    height = max(370, 60 + 18 * len(curves))  # room for a long legend
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+           f'font-size="12" font-family="sans-serif">'
+           f'<rect width="{width}" height="{height}" fill="white"/>'
            '<path d="M70 30V310H510" fill="none" stroke="black"/>']
     out.append(text(290, 355, xlabel, 'text-anchor="middle"'))
     out.append(text(0, 0, ylabel,
@@ -1057,38 +1077,49 @@ def resume(args, script, **parts):
 def log(path, step, **numbers):
     """Adds a line to a log.csv: the step and the numbers, which may be tensors of one element.
 
-    Lines from this step on go first: they are an earlier run's, or were written by a run that was
-    killed after its last checkpoint. If the file is there but cannot be replaced (on Windows: as
-    long as a spreadsheet shows it), this line is left out, and training goes on.
+    Lines from this step on are deleted first: they are an earlier run's, or were written by a run
+    that was killed after its last checkpoint. If the file is there but cannot be replaced (on
+    Windows: as long as a spreadsheet shows it), this line is left out, and training goes on.
     """
     path = pathlib.Path(path)
     header = ",".join(["step", *numbers])
     new = ",".join([str(step), *(f"{float(value):.9g}" for value in numbers.values())])
-    with refuse(f"cannot write {path}"):
-        attempts = 1 if path in NOT_REPLACED else 5  # it is waited for only once
-        for attempt in range(attempts):
-            if attempt > 0:
-                time.sleep(0.25)
-            try:
-                rows = path.read_text(encoding="utf8").splitlines()[1:] if path.exists() else []
-                rows = [row for row in rows if int(row.split(",")[0]) < step]
-                replace(path, "\n".join([header, *rows, new, ""]).encode())
+    attempts = 1 if path in NOT_REPLACED else 5  # it is waited for only once
+    for attempt in range(attempts):
+        if attempt > 0:
+            time.sleep(0.25)
+        with refuse(f"cannot write {path}"):
+            if add_line(path, header, new, step):
                 return
-            except PermissionError:
-                if not path.exists():  # nothing can be written into this folder at all
-                    raise
     if path not in NOT_REPLACED:
         NOT_REPLACED.add(path)
         print(f"{path} cannot be written (is it open elsewhere?); lines are left out until it can")
 
 
+def add_line(path, header, new, step):
+    """One attempt of `log` -> True, or False if the file is there but cannot be replaced."""
+    try:
+        rows = path.read_text(encoding="utf8").splitlines()[1:] if path.exists() else []
+        rows = [row for row in rows if int(row.split(",")[0]) < step]
+        replace(path, "\n".join([header, *rows, new, ""]).encode())
+    except PermissionError:
+        if not path.exists():  # nothing can be written into this folder at all
+            raise
+        return False
+    return True
+
+
 def read_log(path):
-    """What `log` wrote -> {column: its numbers}; ValueError if lines are damaged."""
-    lines = path.read_text(encoding="utf8").splitlines()
-    header, *rows = lines
-    numbers = [[float(word) for word in row.split(",")] for row in rows]
-    columns = zip(*numbers, strict=True)  # strict: a line that is cut short is an error
-    return dict(zip(header.split(","), columns, strict=True))
+    """What `log` wrote -> {column: its numbers}; ValueError if it holds no whole lines."""
+    header, *rows = path.read_text(encoding="utf8").splitlines()
+    table = {name: [] for name in header.split(",")}
+    if not rows:
+        raise ValueError("it has no lines")
+    for row in rows:
+        numbers = [float(word) for word in row.split(",")]
+        for name, number in zip(table, numbers, strict=True):  # strict: as many as columns
+            table[name].append(number)
+    return table
 
 
 def write_file(path, content):
@@ -1213,7 +1244,7 @@ def parse(parser, script, sizes, argv=None):
     """The arguments. What is not given comes from the checkpoint of --resume, then from --size.
 
     With --load, the data set, the seed, and the mean and std of its images come from the
-    checkpoint. Raises UserError.
+    checkpoint, if a script of this repository wrote it. Raises UserError.
     """
     in_notebook = "ipykernel" in sys.modules and any(word.endswith(".json") for word in sys.argv)
     if argv is None and in_notebook:
@@ -1230,7 +1261,9 @@ def parse(parser, script, sizes, argv=None):
         stored = {key: value for key, value in stored.items() if key not in NOT_STORED}
     elif args.load:
         with contextlib.suppress(UserError):  # a released file: the model's own loader reads it
-            stored = load_checkpoint(args.load, script).get("args", {})
+            content = load_checkpoint(args.load)
+            if "script" in content:  # of this repository, perhaps of another script
+                stored = content.get("args", {})
             wanted = ("data", "data_dir", "seed", "mean", "std")
             stored = {key: stored[key] for key in wanted if key in stored}
     parser.set_defaults(**stored)
@@ -1400,7 +1433,7 @@ def run(train, parse_args):
         if is_compiler_error(error):
             print("error: torch.compile found no working C++ compiler; leave out --compile",
                   file=sys.stderr)
-        elif "memory" in str(error):
+        elif re.search("out of memory|not enough memory|allocate", str(error)):
             print("error: out of memory; lower --batch-size, --size or --image-size",
                   file=sys.stderr)
         else:
@@ -1486,17 +1519,20 @@ def count_heads(path, args, wanted):
 
 def harmless_classes():
     """What training files hold beside tensors: parsed options and numpy's numbers."""
-    make_number = np.float64(0).__reduce__()[0]  # numpy's function from bytes to a number
-    classes = [argparse.Namespace, np.dtype]
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # in numpy 1, in numpy 2
-        # PyTorch 2.5 takes a function only under its own name, so each name needs a function.
+    make_number, _ = np.float64(0).__reduce__()  # how numpy stores a number: function, arguments
 
+    def stand_in(module):
+        """make_number as "<module>.scalar": PyTorch 2.5 takes a function only under its name."""
         def scalar(*args):
             return make_number(*args)
 
         scalar.__module__ = module
         scalar.__qualname__ = "scalar"
-        classes.append(scalar)
+        return scalar
+
+    classes = [argparse.Namespace, np.dtype,
+               stand_in("numpy.core.multiarray"),  # of numpy 1
+               stand_in("numpy._core.multiarray")]  # of numpy 2
     for kind in ("float64", "float32", "int64", "int32", "bool"):
         classes.append(type(np.dtype(kind)))
     return classes
@@ -2116,7 +2152,8 @@ def clip_image_sizes(state, heads):
         stage = with_prefix(state, f"stages.{len(depth)}.")
         depth.append(len({name.split(".")[0] for name in stage}))
     dim = need(state, "pool.qkv.weight").shape[1] // 4  # a stage hands on 4 times its width
-    image_size = grid * 2 ** (len(depth) + 1)  # the stem and each stage but the first halve twice
+    # The stem halves twice, each stage but the first once.
+    image_size = grid * 2 ** (len(depth) + 1)
     return dict(image_encoder="resnet", image_size=image_size, dim=dim, depth=tuple(depth)), {}
 
 
@@ -2191,7 +2228,7 @@ def cleaning_table():
         table[ord(quote)] = "'"
     for quote in "“”„‟":
         table[ord(quote)] = '"'
-    # Letters as wide as Chinese ones become plain: "Ａ" -> "A".
+    # Letters as wide as Chinese ones, or half as wide, become plain: "Ａ" -> "A", "ｱ" -> "ア".
     for code in (0x3000, *range(0xFF01, 0xFFEF)):
         table[code] = unicodedata.normalize("NFKC", chr(code))
     return table
@@ -2200,11 +2237,12 @@ def cleaning_table():
 @functools.lru_cache
 def upper_case_entities():
     """ "&EACUTE;" -> "É": what HTML does not know in capitals, but ftfy reads all the same."""
-    entities = html.entities.html5  # {"eacute;": "é", "Eacute;": "É", ...}
     upper = {}
-    for name, character in entities.items():
-        if name == name.lower() and name.endswith(";") and name.upper() not in entities:
-            upper[f"&{name.upper()}"] = character.upper()
+    for name, character in html.entities.html5.items():  # "eacute;": "é", "Eacute;": "É", ...
+        entity = f"&{name.upper()}"
+        is_unknown = html.unescape(entity) == entity
+        if name == name.lower() and name.endswith(";") and is_unknown:
+            upper[entity] = character.upper()
     return upper
 
 
@@ -2215,8 +2253,9 @@ def resolve_entity(match):
 
 
 def clean_text(text):
-    """As OpenAI: HTML entities are resolved repeatedly up to the line of the first "<", and then
-    twice everywhere; the characters of cleaning_table are replaced; lower case."""
+    """As OpenAI: HTML entities are resolved repeatedly up to the line of the first "<"; the
+    characters of cleaning_table are replaced; entities are resolved twice everywhere; lower
+    case."""
     end = len(text)
     if "<" in text:  # it may be HTML, which ftfy leaves alone from this line on
         end = text.rfind("\n", 0, text.index("<")) + 1
@@ -2225,9 +2264,9 @@ def clean_text(text):
     while start != before:
         before = start
         start = re.sub("&#?[0-9A-Za-z]{1,24};", resolve_entity, start)
-    text = html.unescape(html.unescape(start + text[end:]))
-    text = unicodedata.normalize("NFC", text.translate(cleaning_table()))
-    return text.lower()
+    text = (start + text[end:]).translate(cleaning_table())
+    text = unicodedata.normalize("NFC", text)
+    return html.unescape(html.unescape(text)).lower()
 
 
 @functools.lru_cache

@@ -335,6 +335,15 @@ def openai():
     return Tokenizer.from_file(BPE)
 
 
+@pytest.mark.parametrize("text, clean", [  # what ftfy 6.3, html.unescape twice and lower() give
+    ("&ldquo;hi&rdquo;", '"hi"'), ("<b>&ldquo;hi&rdquo;", "<b>“hi”"), ("“hi”<b>", '"hi"<b>'),
+    ("&#xff21;", "a"), ("<&#xff21;", "<ａ"), ("&LTDOT;", "<dot;"), ("&EACUTE;", "é"), ("<&EACUTE;", "<&eacute;"),
+    ("a\n<&amp;amp;amp;quot;", "a\n<&amp;quot;"), ("＆amp;", "&")])
+def test_texts_are_cleaned_as_openai_cleans_them(text, clean):
+    """Entities behind a "<" are resolved after the characters are replaced: curly quotes stay there."""
+    assert data.clean_text(text) == clean
+
+
 @needs_bpe
 @pytest.mark.parametrize("text, ids", GOLDEN.items())
 def test_openai_vocabulary(openai, text, ids):
