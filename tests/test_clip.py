@@ -741,7 +741,7 @@ def test_a_new_run_begins_a_new_zero_shot_log(monkeypatch, pictures, tmp_path):
     assert data.read_log(tmp_path / "zero_shot.csv")["step"] == [0, 1, 2]
     train_briefly(monkeypatch, *words, "--steps", 20)
     log = data.read_log(tmp_path / "zero_shot.csv")
-    assert log["step"] == tuple(range(1, 20, 2)) and set(log) == {"step", "images_seen", "zero_shot_seen"}
+    assert log["step"] == list(range(1, 20, 2)) and set(log) == {"step", "images_seen", "zero_shot_seen"}
     train_briefly(monkeypatch, *words, "--steps", 22, "--resume")  # goes on from step 20, and keeps the rows
     assert data.read_log(tmp_path / "zero_shot.csv")["step"] == list(range(1, 22, 2))
 
