@@ -1,10 +1,10 @@
 """The lecture's recap in code, and the other Transformer parts that the six models share.
 
 Letters, here and in every script: B images in a batch, N tokens, D width, h heads, d = D / h the
-width of a head, P patch side, K classes (iGPT: colors). Images are (B, 3, H, W), sequences are
-(B, N, D): a token is a row here and a column on the slides. "Copy with: A, B." at the end of a
-docstring: who copies this class elsewhere needs A and B, too (and data.py to read files and for its
-error class).
+width of a head, P patch side, K classes (iGPT: colors; I-JEPA: patches of a target). Images are
+(B, 3, H, W), sequences are (B, N, D): a token is a row here and a column on the slides.
+"Copy with: A, B." at the end of a docstring: who copies this class elsewhere needs A and B, too
+(and data.py to read files and for its error class).
 """
 
 import math

@@ -1,8 +1,8 @@
 """I-JEPA: "... a Joint-Embedding Predictive Architecture", Assran et al. 2023, arXiv 2301.08243.
 
 An encoder sees a part of the image, the context (the slide's "one block"). A predictor predicts
-what a second encoder, which sees it all, outputs for masked blocks around it: meaning, not pixels.
-The second is the slow average of the first. If gradients trained it, all could become equal.
+what a second encoder, which sees all of it, outputs for the masked blocks: meaning, not pixels. The
+second encoder slowly follows the first: if gradients trained it, all outputs could become equal.
 
     loss = mean smooth_l1(predictor(encoder(context), positions), norm(target_encoder(image)))
 
@@ -15,7 +15,7 @@ Default run, seed 0: linear probe on the patch mean 0.752 (untrained 0.305, pixe
 
 Differences from the paper:
 1. norm is `center_targets`. LayerNorm's targets mostly tell position and color (probe 0.328).
-2. `tiny` masks blocks of 2 x 2 patches: probe 0.622 after 1,200 steps; large ones give 0.425.
+2. `tiny` masks blocks of 2 x 2 patches. The paper's: probe 0.425, not 0.622, after 1,200 steps.
 3. MAE's initial weights, momentum 0.99 to 0.999, constant weight decay: our runs are short.
 """
 
@@ -148,8 +148,8 @@ class IJEPA(nn.Module):
         self.target_encoder.load_state_dict(self.encoder.state_dict())  # both start equal
 
     def loss(self, images, context_idx, target_idx, stop_grad=True):
-        """context_idx (B, n), target_idx (M, B, K): M targets, with multiblock_masks a block each
-        -> (loss: mean over images, blocks, patches and D; predictions (M, B, K, D)).
+        """context_idx (B, n), target_idx (M, B, K): M targets, with multiblock_masks a block each.
+        Returns (loss, predictions (M, B, K, D)); the loss is the mean over all of these.
 
         smooth_l1 and the targets' LayerNorm are those of the authors' code; the paper writes L2."""
         z = self.encoder(images, context_idx)  # (B, n, D): sees the context alone
@@ -162,7 +162,7 @@ class IJEPA(nn.Module):
             # target_encoder is not used here; with --no-ema, it is a copy, for the scores.
             h = self.encoder(images)
         h = h.to(images.dtype)  # float32, also if the encoder computed in bfloat16
-        # The encoder's own norm has a trained gain, which could shrink h. These two have none.
+        # The encoder's own norm has a trained gain, which could shrink h. Here there is none.
         h = center_targets(h) if self.center else F.layer_norm(h, h.shape[-1:])
         losses = []
         predictions = []
@@ -290,14 +290,14 @@ def block_masks(B, grid, share=0.6, side=2):
     N = grid**2
     K = math.ceil(share * N)  # number of target patches
     if K >= N or side >= grid:  # a block that covers all would give always the same mask
-        raise UserError(f"masks of {share} of {N} patches leave no context, or always the same; "
-                        "use more patches")
+        raise UserError(f"masks of {share} of {N} patches leave no context, or are always the "
+                        "same; use more patches")
     # 1. For each image N blocks, more than are needed. They may overlap.
     size = side**2 / N  # share of the image
     blocks = rectangles(B, grid, number=N, scale=(size, size), aspect=(1.0, 1.0))
     # 2. Imagine them placed one after another, until K patches are masked. For each patch, the
     # number of the first block that covers it, from 0 on; N if none does.
-    block_number = torch.arange(N)[:, None]  # (N blocks, 1), for blocks (B, N blocks, N patches)
+    block_number = torch.arange(N)[:, None]  # (N, 1); blocks is (B, N blocks, N patches)
     first = torch.where(blocks, block_number, N).amin(dim=1)  # (B, N patches)
     # 3. The K patches that are covered first are the targets: of the last block, perhaps a part.
     order = first.argsort(dim=1, stable=True)
@@ -453,7 +453,7 @@ def parse_args(argv=None):
     parser.add("--masking", None, "The masks: multiblock, the paper's; blocks, smaller ones; "
                "random, single patches. Without it blocks for --size tiny, else multiblock.",
                choices=["multiblock", "blocks", "random"])
-    parser.add("--center", True, "Targets are centered; --no-center: the paper's LayerNorm.",
+    parser.add("--center", True, "Targets are centered; --no-center: the authors' LayerNorm.",
                action=argparse.BooleanOptionalAction)
     parser.add("--ema", 0.99, "The momentum of the target encoder in the first step.",
                type=number(float, 0, 1))
@@ -527,7 +527,7 @@ def train(args):
     if not args.load:
         model = build(args)
     model.to(device)
-    # Trained is all but the target encoder and the position tables.
+    # Everything is trained except the target encoder and the position tables.
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim > 1]  # and the mask token
     vectors = [p for p in trained if p.ndim == 1]  # biases and norms: without weight decay

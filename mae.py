@@ -1,8 +1,8 @@
 """Masked autoencoder (MAE): "... Are Scalable Vision Learners", He et al. 2021, arXiv 2111.06377.
 
-Mask three quarters of an image's patches, give the encoder only the visible ones, then let a small
-decoder predict the pixels of the masked ones. To fill such large holes, the encoder must find out
-what is in the image. It is never given a masked patch, so a step takes a half to a third the time.
+Mask three quarters of an image's patches (the slide's "blocks") before the encoder sees any, then
+let a small decoder predict the pixels of the masked ones. To fill such large holes, the encoder
+must find out what is in the image. With all patches in it, a step would take 2 to 3 times as long.
 
     loss = 1 / (number of masked patches) * sum over masked patches of mean (pred - target)^2
 
@@ -86,7 +86,7 @@ class MAE(nn.Module):
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
-        self.patch_embed.proj.reset_parameters()  # PyTorch's; for the bias, which stays random
+        self.patch_embed.proj.reset_parameters()  # for the bias; the next line replaces the weight
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # a view: (D, 3*P*P)
         nn.init.normal_(self.cls_token, std=0.02)
         self.pos_embed[0, 1:] = sincos_2d(self.pos_embed.shape[2], self.grid)
@@ -152,7 +152,7 @@ class MAE(nn.Module):
             raise UserError("this model has no decoder; to reconstruct images, load a "
                             "mae_visualize_vit_*.pth or mae_pretrain_vit_*_full.pth file")
         N = self.grid**2
-        n = int(N * (1 - mask_ratio))  # number of visible patches; rounded as by the authors
+        n = int(N * (1 - mask_ratio))  # number of visible patches; rounded down as by the authors
         if not 0 < n < N:
             raise UserError(f"mask ratio {mask_ratio} leaves {n} of {N} patches visible: "
                             "at least one must be visible, and one masked")
@@ -161,7 +161,7 @@ class MAE(nn.Module):
         if noise is None:
             noise = torch.rand(len(images), N, device=images.device)
         order = noise.argsort(dim=1)  # which patch comes first, second, ...: (B, N)
-        restore = order.argsort(dim=1)  # the inverse: argsort of a permutation says where each went
+        restore = order.argsort(dim=1)  # the inverse, where each patch went: as shown in decode
         mask = (restore >= n).float()  # 1 = masked: it did not come among the first n
 
         # Encode the visible patches, decode all patches.
@@ -185,7 +185,7 @@ class MAE(nn.Module):
     def from_pretrained(cls, path, norm_pix=False, heads=None, decoder_heads=None):
         """From the authors' files or this script's; else UserError. norm_pix: True for the authors'
         mae_pretrain_*_full.pth, False for mae_visualize_*.pth. heads, decoder_heads: the authors'
-        files do not tell them; None: as in their model of this width. Ours store all three."""
+        files do not tell them; None: as in their model of this width. Our files tell all this."""
         with data.refuse(f"{path}: does not hold a masked autoencoder"):
             state, sizes = data.read_mae(path, heads=heads, decoder_heads=decoder_heads)
             sizes.setdefault("norm_pix", norm_pix)
@@ -292,7 +292,7 @@ def train(args):
         args.steps = 0
         args.patch_size = model.patch_size
         args.image_size = model.grid * model.patch_size
-        # Images are normalized as in the training of the file.
+        # Images are normalized as in the training of the file (has_head: of a ViT, which differ).
         args.mean, args.std = data.statistics(args.load, has_head=False)
     dataset = data.open_data(args, device)
     torch.manual_seed(args.seed)

@@ -266,7 +266,7 @@ def test_block_masks_are_blocks_and_leave_nothing_out():
     assert (share - share.flip(0)).abs().max() < 0.12 and (share - share.T).abs().max() < 0.12
     assert share.min() > 0.15 and share.max() < 0.9
     for grid in (1, 2):  # on 2 x 2 patches, one block would cover all, and all masks would be equal
-        with pytest.raises(data.UserError, match="leave no context, or always the same"):
+        with pytest.raises(data.UserError, match="leave no context, or are always the same"):
             jepa.block_masks(2, grid)
     assert jepa.block_masks(2, 3)[1].shape == (1, 2, 6)
 
