@@ -150,9 +150,12 @@ def test_cached_steps_equal_the_full_pass(chunks):
         block(x[:, :1], cache=cache)
 
 
-def test_bfloat16_paths_agree():
+def test_bfloat16_paths_agree(monkeypatch):
     """On a CPU the written-out branch runs up to 512 tokens, the fused one above and in float32."""
     attention = Attention(D, HEADS)
+    calls = []
+    fused_kernel = Attention.fused
+    monkeypatch.setattr(attention, "fused", lambda *args: calls.append(args[0].shape[2]) or fused_kernel(*args))
     x = torch.randn(1, 512, D)
     with torch.autocast("cpu", torch.bfloat16):
         short = attention(x)
@@ -162,6 +165,7 @@ def test_bfloat16_paths_agree():
         fused = attention(x)
         written = attention(x, return_weights=True)[0]
     assert (fused.float() - written.float()).abs().max() < 0.02
+    assert calls == [512, 513]  # the first of them in float32
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.04)])
@@ -235,5 +239,6 @@ def test_sincos_table():
     close(table[1], torch.tensor([*one, 0, 0, 1, 1]))  # row 0, column 1
     close(table[3], torch.tensor([0, 0, 1, 1, *one]))  # row 1, column 0
     assert sincos_2d(8, 2, 5).shape == (10, 8) and table.dtype == torch.float32
+    close(sincos_2d(8, 2, 5)[5], table[3])  # two rows of five: the sixth patch begins the second row
     with pytest.raises(ValueError):
         sincos_2d(6, 3)

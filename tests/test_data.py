@@ -47,6 +47,22 @@ def test_shapes_are_what_the_design_says(shapes):
     assert (other.train_images != shapes.train_images).any()
 
 
+def test_only_the_form_tells_the_shape(shapes):
+    """Size and position are independent of the class, and the ground is lighter as often as it is darker."""
+    n = 10_000
+    captions = shapes.train_captions[:n]
+    images = shapes.train_images[:n].float().mean(1)  # gray
+    center = images[:, 14:18, 14:18].mean((1, 2))
+    border = torch.cat([images[:, 0], images[:, -1]], dim=1).mean(1)
+    is_lighter = border > center
+    for k in range(10):
+        chosen = [caption for caption, label in zip(captions, shapes.train_labels) if label == k]
+        assert abs(sum("big" in caption for caption in chosen) / len(chosen) - 0.5) < 0.07
+        for position in data.POSITIONS:
+            assert abs(sum(position in caption for caption in chosen) / len(chosen) - 0.2) < 0.06
+        assert 0.3 < is_lighter[shapes.train_labels[:n] == k].float().mean() < 0.7
+
+
 def test_captions_name_shape_color_size_and_position(shapes):
     def pair(caption):
         words = re.findall(r"\w+", caption)
@@ -64,21 +80,35 @@ def test_captions_name_shape_color_size_and_position(shapes):
 
 
 def test_captions_are_true(shapes):
-    """A big shape covers more pixels than a small one, red is red, and left is left."""
+    """A big shape covers more pixels than a small one, red is red, left is left, and the top is above."""
     images = shapes.train_images[:4000].float()
     ground = torch.cat([images[:, :, 0], images[:, :, -1]], -1).median(-1).values[:, :, None, None]
     shape = (images - ground).abs().amax(1) > 60  # (n, H, W)
     area = shape.float().mean((1, 2))
     column = (shape * torch.arange(32.0)).sum((1, 2)) / shape.sum((1, 2)).clamp(min=1)
+    row = (shape * torch.arange(32.0)[:, None]).sum((1, 2)) / shape.sum((1, 2)).clamp(min=1)
 
     def has(word):
         return torch.tensor([word in c for c in shapes.train_captions[:4000]]) & (area > 0.05)
 
     assert area[has("big")].mean() > 1.3 * area[has("small")].mean()
     assert column[has("on the left")].mean() < 13.5 < 17.5 < column[has("on the right")].mean()
+    assert row[has("at the top")].mean() < 13.5 < 17.5 < row[has("at the bottom")].mean()
     color = (images * shape[:, None]).sum((2, 3)) / shape.sum((1, 2)).clamp(min=1)[:, None]
     for name in ("red", "green", "blue"):
         assert color[has(f" {name} ")].mean(0).argmax() == ["red", "green", "blue"].index(name)
+    assert color[has(" yellow ")].mean(0)[1] > color[has(" orange ")].mean(0)[1] + 20  # yellow has more green
+
+
+def test_each_name_has_its_form():
+    """At six points by which the shapes differ: inside (negative) or outside."""
+    points = torch.tensor([[0.5, -0.5], [0.6, 0.4], [0.2, 0.3], [0.8, 0.2], [-0.5, 0.1], [-0.4, 0.7]])
+    inside = {  # x, y, with y pointing downwards; no two shapes are alike
+        "circle": "111111", "square": "111011", "triangle": "011010", "diamond": "001010", "star": "001011",
+        "heart": "101010", "cross": "001110", "ring": "110111", "moon": "000011", "arrow": "001000"}
+    for name, expected in inside.items():
+        distance = data.signed_distance(name, points[:, 0][None, None], points[:, 1][None, None])[0, 0]
+        assert "".join(str(int(d < 0)) for d in distance) == expected, name
 
 
 def test_signed_distances_have_unit_slope_or_less():
@@ -404,7 +434,7 @@ def test_erasing_paints_a_square():
     assert 60 < erased < 140  # a quarter of 400
 
 
-def test_probe_scores_uses_each_feature(pictures):
+def test_probe_scores_uses_each_feature(pictures, monkeypatch):
     own = data.load(str(pictures))
     amp = torch.autocast("cpu", enabled=False)
 
@@ -417,6 +447,17 @@ def test_probe_scores_uses_each_feature(pictures):
     scores = data.probe_scores(own, brightness, noise, amp)
     assert list(scores) == ["probe", "probe_1_percent", "knn", "probe_random", "probe_pixels"]
     assert scores["probe"] == 1 and scores["probe_random"] < 0.8 and scores["probe_pixels"] == 1
+
+    asked = []
+
+    def linear_probe(train_x, train_y, test_x, test_y, percent=100):
+        asked.append((train_x.shape[1], percent))
+        return 0.25
+
+    monkeypatch.setattr(data, "linear_probe", linear_probe)
+    scores = data.probe_scores(own, brightness, noise, amp)
+    assert asked == [(1, 100), (1, 1), (4, 100), (3 * 16 * 16, 100)]
+    assert scores["knn"] == data.knn(*data.both_sets(brightness, own, amp)) != 0.25
 
 
 def test_features_must_be_finite(pictures):
@@ -444,6 +485,15 @@ def test_linear_probe_is_logistic_regression():
     ring = torch.randn(600, 2)
     inside = (ring.norm(dim=1) < 1.18).long()  # not linearly separable
     assert data.linear_probe(ring[:500], inside[:500], ring[500:], inside[500:]) < 0.65
+
+
+def test_linear_probe_with_few_labels_sees_no_others():
+    torch.manual_seed(0)
+    y = torch.arange(600) % 3
+    x = torch.randn(600, 8) + torch.nn.functional.one_hot(y, 8)
+    few = data.linear_probe(x[:500], y[:500], x[500:], y[500:], percent=6)
+    assert few == data.linear_probe(x[:30], y[:30], x[500:], y[500:])
+    assert few < data.linear_probe(x[:500], y[:500], x[500:], y[500:])
 
 
 def test_linear_probe_has_the_right_optimum():
@@ -481,6 +531,8 @@ def test_knn_votes():
     assert data.knn(x, y, 5 * x, y, k=2) == 1
     assert data.knn(x, y, x, 1 - y, k=1) == 0
     assert data.knn(x, y, x[2:3], torch.tensor([1]), k=4) == 1  # the nearer ones weigh more
+    x = torch.tensor([[1, 0], [0.9, 0.19**0.5], [0.9, -(0.19**0.5)]])  # one at cosine 1 against two at 0.9
+    assert data.knn(x, torch.tensor([0, 1, 1]), x[:1], torch.tensor([0]), k=3) == 1  # exp(0.1 / 0.07) is above 2
 
 
 def test_small_cnn_learns_and_is_cached(pictures, tmp_path, monkeypatch):

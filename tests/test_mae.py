@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, block_shapes, transformer
+from conftest import ROOT, block_shapes, loss_falls, read_png, transformer
 
 import data
 import mae
@@ -267,6 +267,9 @@ def test_the_command_learns_draws_and_scores(script, pictures, tmp_path):
     assert {"loss", "seconds", "probe", "probe_cls", "probe_random", "probe_pixels", "knn"} <= set(scores)
     for file in re.search(r"^wrote (.*)$", done.stdout, re.M)[1].split():
         assert (ROOT / file).stat().st_size > 100
+    assert loss_falls(tmp_path / "a")
+    masked = read_png(tmp_path / "a" / "reconstruction.png")[:, 2:98, 100:196]  # the first image's second panel
+    assert (masked == 128).all(0).float().mean() == pytest.approx(0.75, abs=0.02)  # gray
     path = tmp_path / "a" / "checkpoint.pt"
     checkpoint = data.load_checkpoint(path, "mae")
     assert set(checkpoint) == {"script", "version", "model", "ema", "optimizer", "step", "args", "scores"}

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, difference, transformer
+from conftest import ROOT, difference, loss_falls, transformer
 
 import data
 import mae
@@ -655,12 +655,17 @@ def test_the_command_learns_draws_and_scores(script, pictures, tmp_path):
         assert (ROOT / file).stat().st_size > 100
     width = int.from_bytes((tmp_path / "a" / "samples.png").read_bytes()[16:20], "big")
     assert width == 2 + 3 * (96 + 2)  # a column for each class
+    assert loss_falls(tmp_path / "a")
     path = tmp_path / "a" / "checkpoint.pt"
     checkpoint = data.load_checkpoint(path, "repa")
     assert set(checkpoint) == {"script", "version", "model", "ema", "optimizer", "step", "args", "scores"}
     model = SiT.from_pretrained(path)
     assert model.blocks[0].attn.heads == 2 and model.align_depth == 1
     assert all((model.state_dict()[k] == v).all() for k, v in checkpoint["ema"].items())
+    # The averaged weights have moved, and are not the last ones.
+    last = checkpoint["model"]["final_layer.linear.weight"]
+    averaged = checkpoint["ema"]["final_layer.linear.weight"]
+    assert averaged.any() and not torch.equal(averaged, last)  # both start at zero
     log = (tmp_path / "a" / "log.csv").read_text().splitlines()
     assert "nan" not in log[2] and "nan" in log[-1]  # aligned at step 10, no longer at step 19
 
@@ -668,6 +673,41 @@ def test_the_command_learns_draws_and_scores(script, pictures, tmp_path):
     assert done.returncode == 0, done.stderr
     again = scores_of(done)
     assert all(again[key] == scores[key] for key in ("probe", "frechet", "frechet_floor", "frechet_ceiling"))
+
+
+def test_the_frechet_distance_is_of_images_without_guidance(pictures, monkeypatch):
+    """Of the averaged model, of the test images' classes, against the test images."""
+    dataset = data.load(str(pictures))
+    asked = []
+
+    def generate(model, dataset, labels, args, amp, cfg=1.0):
+        asked.append((labels, cfg))
+        return dataset.test_images[:len(labels)]
+
+    monkeypatch.setattr(repa, "generate", generate)
+    args = repa.parse_args(["--data", str(pictures), "--samples", "9", "--cfg", "3"])
+    scores = repa.frechet_scores(small_sit(), dataset, args, data.autocast("cpu", "fp32"))
+    (labels, cfg), = asked
+    assert torch.equal(labels, dataset.test_labels[:9]) and cfg == 1
+    assert abs(scores["frechet"]) < 1e-3 < scores["frechet_floor"] < scores["frechet_ceiling"]
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "sde"])
+def test_images_are_made_by_the_sampler_that_was_asked_for(pictures, sampler, monkeypatch):
+    dataset = data.load(str(pictures))
+    called = []
+    for name in ("sample", "sample_sde"):
+        def spy(*args, name=name, original=getattr(repa, name), **more):
+            called.append(more.get("method", name))
+            return original(*args, **more)
+
+        monkeypatch.setattr(repa, name, spy)
+    args = repa.parse_args(["--sampler", sampler, "--sample-steps", "3"])
+    labels = torch.arange(120) % 3
+    images = repa.generate(small_sit(), dataset, labels, args, data.autocast("cpu", "fp32"))
+    assert images.shape == (120, 3, 16, 16) and images.dtype == torch.uint8
+    assert called == [{"sde": "sample_sde"}.get(sampler, sampler)] * 2  # 100 images, then 20
+    assert torch.equal(images, repa.generate(small_sit(), dataset, labels, args, data.autocast("cpu", "fp32")))
 
 
 def test_plain_and_aligned_start_the_same(unscored, pictures, tmp_path):
@@ -800,8 +840,11 @@ def test_a_run_is_resumed_after_its_folder_was_moved(unscored, pictures, tmp_pat
     (tmp_path / "old").rename(tmp_path / "new")
     before = (tmp_path / "new" / "teacher.pt").read_bytes()
     resumed = ["--resume", "--out", str(tmp_path / "new"), "--steps", "9", "--teacher-steps", "1"]
+    kept = data.load_checkpoint(tmp_path / "new" / "checkpoint.pt")
+    kept["scores"]["seconds"] = 1e6  # a mark: a run that began anew would not have it
+    data.save_checkpoint(tmp_path / "new" / "checkpoint.pt", **kept)
     scores = repa.train(repa.parse_args(resumed))
-    assert scores["images_seen"] == 9 * 16 and scores["teacher_seconds"] > 0
+    assert scores["images_seen"] == 9 * 16 and scores["teacher_seconds"] > 0 and scores["seconds"] > 1e6
     assert (tmp_path / "new" / "teacher.pt").read_bytes() == before and not (tmp_path / "old").exists()
 
 
@@ -835,13 +878,3 @@ def test_latents_are_not_scored(script, pictures, tmp_path):
     torch.save(random_file(), tmp_path / "last.pt")
     done = script("repa.py", "--data", pictures, "--load", tmp_path / "last.pt", "--out", tmp_path)
     assert done.returncode == 2 and "4 channels" in done.stderr and done.stderr.count("\n") == 1
-
-
-def test_help_explains_every_option(script):
-    """Each option has a sentence, which ends with a full stop or with its default."""
-    done = script("repa.py", "--help")
-    assert done.returncode == 0
-    text = " ".join(done.stdout.split())
-    for name in vars(repa.parse_args([])):
-        option = f"--{name.replace('_', '-')}"
-        assert re.search(rf" {option} [^.]*?[A-Z][^.]+\.", text), option

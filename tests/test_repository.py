@@ -344,6 +344,9 @@ def test_imports(path):
 def test_nothing_happens_at_import():
     for path in ROOT.glob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf8")).body:
+            if isinstance(node, ast.Assign):  # of constants; a row of SIZES may be computed
+                calls = [ast.unparse(n.func) for n in ast.walk(node.value) if isinstance(n, ast.Call)]
+                assert set(calls) <= {"dict", "set", "paper_size"}, f"{path.name}:{node.lineno}"
             call = isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)
             loop = isinstance(node, (ast.For, ast.While, ast.With))
             guarded = isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
@@ -389,7 +392,8 @@ def test_options_in_the_readme_exist():
     for name in MODELS:
         known |= set(vars(importlib.import_module(name).parse_args([])))
     by_hand = "".join(path.read_text(encoding="utf8") for path in ROOT.glob("tests/*.py"))
-    for option in set(re.findall(r"`[^`\n]*?--([a-z][a-z-]+)", README)):
+    text = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
+    for option in set(re.findall(r"--([a-z][a-z-]+)", " ".join(re.findall(r"`([^`\n]*)`", text)))):
         key = option.replace("-", "_")
         assert {key, key.removeprefix("no_")} & known or f'"--{option}"' in by_hand, option
 
