@@ -1397,7 +1397,7 @@ class Progress:
         """Whether it is time for a checkpoint: at intervals, at the end, and after Ctrl-C."""
         self.ended = self.stop  # after a Ctrl-C from here on, one more step: it has to be saved
         is_last = step + 1 == self.steps
-        if self.ended or is_last or time.time() - self.saved > self.save_seconds:
+        if self.ended or is_last or time.time() - self.saved >= self.save_seconds:
             self.saved = time.time()
             return True
         return False

@@ -471,7 +471,8 @@ def test_fine_tuning_a_released_file(script, pictures, tmp_path):
     state = random_state(dim=128, patch=8, tokens=1 + 4)
     np.savez(tmp_path / "google.npz", **google_arrays(state, heads=2))
     done = script("vit.py", "--data", pictures, "--init", tmp_path / "google.npz", "--image-size", 32, "--steps", 1,
-                  "--layer-decay", 0.7, "--augment", "strong", "--train-images", 20, "--lr", 0, "--out", tmp_path)
+                  "--layer-decay", 0.7, "--augment", "strong", "--train-images", 20, "--lr", 0, "--data-dir", tmp_path,
+                  "--out", tmp_path)
     assert done.returncode == 0 and "cnn" in done.stdout, done.stderr
     images = torch.randn(2, 3, 32, 32)
     tuned = ViT.from_pretrained(tmp_path / "checkpoint.pt")
@@ -639,7 +640,8 @@ def test_each_step_augments_clips_and_scales_the_learning_rate(pictures, tmp_pat
 
     monkeypatch.setattr(data, "probe_scores", probe_scores)
     args = vit.parse_args(["--data", str(pictures), *map(str, SMALL), "--steps", "3", "--augment", "strong",
-                           "--layer-decay", "0.5", "--train-images", "30", "--out", str(tmp_path)])
+                           "--layer-decay", "0.5", "--train-images", "30", "--data-dir", str(tmp_path),
+                           "--out", str(tmp_path)])
     scores = vit.train(args)
     names = ["augment", "mixup_or_cutmix", "random_erasing", "clip_grad_norm_"]
     assert [name for name, _ in calls[:8]] == names * 2 and calls[3][1] == (1.0,)
