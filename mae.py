@@ -292,7 +292,7 @@ def train(args):
         args.steps = 0
         args.patch_size = model.patch_size
         args.image_size = model.grid * model.patch_size
-        # Images are normalized as in the training of the file (has_head: of a ViT, which differ).
+        # Images are normalized as in the training of the file; has_head: classifiers differ.
         args.mean, args.std = data.statistics(args.load, has_head=False)
     dataset = data.open_data(args, device)
     torch.manual_seed(args.seed)

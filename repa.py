@@ -20,7 +20,7 @@ Differences from the paper:
 1. Pixels of 16 x 16, not the latents of a VAE, and a projector 256 wide, not 2048: to be quick.
 2. The default teacher is a small ViT trained on the labels for seconds: DINOv2 is a download.
 3. For a short run: `draw_times`, larger initial weights for time and class, learning rate 8e-3
-   (paper: 1e-4), weights averaged with up to 0.995 (paper: 0.9999), 15 steps of Heun (250, SDE).
+   (paper: 1e-4), weights averaged by up to 0.995 (0.9999), 15 steps of Heun (250 of the SDE).
 """
 
 import copy
