@@ -916,7 +916,7 @@ def mirror(images, ids, left, right):
 
     left, right: the token of each of these two words, see left_and_right; None: nothing is done.
     """
-    if left is None or right is None:
+    if left is None:
         return images, ids
     is_mirrored = torch.rand(len(images), device=images.device) < 0.5
     images = torch.where(is_mirrored[:, None, None, None], images.flip(3), images)

@@ -453,8 +453,8 @@ def train(args):
     amp = data.autocast(device, args.precision)  # matrix products in bfloat16 where that is fast
     out = pathlib.Path(args.out)
     # A new run: build, then fit_palette or --palette. --load: read. --finetune: read, and a new
-    # classifier.
-    # --resume: build with the checkpoint's options, and data.resume reads weights and colors.
+    # classifier. --resume: build with the checkpoint's options, and data.resume reads weights and
+    # colors.
     resumed = args.resume and (out / "checkpoint.pt").exists()
     starts_fine_tuning = args.finetune and not resumed
     if args.load or starts_fine_tuning:

@@ -121,16 +121,12 @@ def score(ema, dataset, args, amp, cnn, classifier):
     made = repa.generate(ema, dataset, labels=labels, args=args, amp=amp)
     real_features = data.extract(cnn.features, dataset, real, amp)
     made_features = data.extract(cnn.features, dataset, made, amp)
+    found = data.extract(classifier, dataset, made, amp).argmax(dim=1)
     return dict(
         velocity=repa.velocity_error(ema, dataset, amp),
         frechet=data.frechet(made_features, real_features),
-        agreement=share_found(classifier, dataset, made, labels, amp),
+        agreement=(found == labels).float().mean().item(),
     )
-
-
-def share_found(classifier, dataset, images, labels, amp):
-    logits = data.extract(classifier, dataset, images, amp)
-    return (logits.argmax(dim=1) == labels).float().mean().item()
 
 
 def train(target, options, args):
@@ -175,7 +171,7 @@ def train(target, options, args):
             print(target, args.seed, results[-1], flush=True)
             began = time.time()
     results[-1]["probes"] = [accuracy for block, accuracy in repa.probe_by_block(ema, dataset, amp)]
-    results[-1]["classifier"] = share_found(classifier, dataset, dataset.test_images, dataset.test_labels, amp)
+    results[-1]["classifier"] = vit.score_classifier(classifier, dataset, amp)
     return results
 
 
@@ -194,8 +190,18 @@ def steps_until(results, goal):
     return None
 
 
-def cell(values):
-    """Mean and standard deviation over the seeds."""
+def times_fewer(run, plain):
+    """By what factor a run needs fewer steps than plain SiT for the distance with which that one ends."""
+    end = plain[-1]
+    needed = steps_until(run, end["frechet"])
+    if needed is None:
+        return "< 1"
+    return f"{end['step'] / needed:.2f}"
+
+
+def cell(parts, key):
+    """Mean and standard deviation of a score over the seeds."""
+    values = [part[key] for part in parts]
     text = f"{statistics.mean(values):.3f}"
     if len(values) > 1:
         text += f" ± {statistics.stdev(values):.3f}"
@@ -213,21 +219,21 @@ def print_table(results):
         runs = {seed: results[f"{target} {seed}"] for seed in seeds if f"{target} {seed}" in results}
         if not runs:
             continue
+        cells = [target, str(len(runs))]
+        for parts in zip(*runs.values()):  # the scores of all seeds after the same number of steps
+            cells.append(cell(parts, "frechet"))
         factors = []
         for seed, run in runs.items():
             if f"plain {seed}" in results:
-                plain = results[f"plain {seed}"][-1]
-                needed = steps_until(run, plain["frechet"])
-                factors.append(f"{plain['step'] / needed:.2f}" if needed else "< 1")
+                factors.append(times_fewer(run, results[f"plain {seed}"]))
+        cells.append(", ".join(factors))
         last = [run[-1] for run in runs.values()]
-        blocks = zip(*(part["probes"] for part in last))
-        cells = [target, str(len(runs))]
-        cells += [cell([run[i]["frechet"] for run in runs.values()]) for i in range(len(steps))]
-        cells += [", ".join(factors), cell([part["velocity"] for part in last]),
-                  cell([part["agreement"] for part in last]),
-                  " ".join(f"{statistics.mean(block):.3f}" for block in blocks)]
+        cells.append(cell(last, "velocity"))
+        cells.append(cell(last, "agreement"))
+        blocks = zip(*[part["probes"] for part in last])  # for each block its accuracy in all seeds
+        cells.append(" ".join(f"{statistics.mean(block):.3f}" for block in blocks))
         print("| " + " | ".join(cells) + " |")
-    found = cell([run[-1]["classifier"] for run in results.values()])
+    found = cell([run[-1] for run in results.values()], "classifier")
     print(f"test images whose class the classifier finds: {found}")
 
 
