@@ -12,9 +12,9 @@ Then a sentence is a classifier: an image belongs to the class whose prompt is m
     python clip.py --image-encoder resnet --out out/resnet --compare out/clip
     python clip.py --load ViT-B-32.pt --tokenizer bpe_simple_vocab_16e6.txt.gz --data cifar10
 
-Default run, seed 0, float32, zero-shot among 80 pairs of color and shape: 0.957 on pairs that the
-training captions name, 0.858 on other pairs (chance 0.013). Linear probe 0.993 (untrained 0.363,
-raw pixels 0.326). README says how long it takes.
+Default run, seed 0, float32, zero-shot accuracy, each of 80 pairs of color and shape a class: 0.957
+on test images of pairs that training captions name, 0.858 on the other pairs (chance 0.013). Linear
+probe 0.993 (untrained 0.363, raw pixels 0.326). README says how long it takes.
 
 Differences from the paper:
 1. Small encoders and batches, a tokenizer learned from the captions, CBOW for the text: all faster.
@@ -45,8 +45,8 @@ class ImageTransformer(nn.Module):
     """Images (B, 3, H, H), normalized -> I_f (B, D): the class token after the last layer.
 
     A ViT with one more LayerNorm, before the first layer. Inside CLIP, `dim` is the slide's d_i.
-    Copy with: transformer_layers, Block, Attention, MLP, LayerNorm, PatchEmbed, patchify,
-    quick_gelu, sincos_2d.
+    To copy this, also copy: transformer_layers, Block, Attention, MLP, LayerNorm, PatchEmbed,
+    patchify, quick_gelu, sincos_2d.
     """
 
     def __init__(self, image_size=32, patch_size=4, dim=128, depth=4, heads=4, quick_gelu=True):
@@ -58,7 +58,7 @@ class ImageTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(dim))
         self.pos_embed = nn.Parameter(torch.zeros(1 + self.grid**2, dim))  # row 0: class token
         self.norm_pre = LayerNorm(dim, eps=1e-5)
-        self.blocks = transformer_layers(dim, depth, heads, quick=quick_gelu)
+        self.blocks = transformer_layers(dim, depth, heads, is_quick=quick_gelu)
         self.norm = LayerNorm(dim, eps=1e-5)
 
     @torch.no_grad()
@@ -69,7 +69,7 @@ class ImageTransformer(nn.Module):
         nn.init.normal_(self.patch_embed.proj.weight, std=(3 * P**2) ** -0.5)
         nn.init.normal_(self.cls_token, std=dim**-0.5)
         nn.init.normal_(self.pos_embed[0], std=dim**-0.5)
-        self.pos_embed[1:] = sincos_2d(dim, self.grid)  # from here on it is trained
+        self.pos_embed[1:] = sincos_2d(dim, self.grid)  # how it starts: it is trained
         for block in self.blocks:
             nn.init.normal_(block.attn.qkv.weight, std=dim**-0.5)  # Xavier for each of q, k, v
             nn.init.normal_(block.attn.proj.weight, std=dim**-0.5)  # Xavier: dim -> dim
@@ -97,7 +97,8 @@ class TextTransformer(nn.Module):
     """ids (B, 77) -> T_f (B, D): the output at [EOS], the first token that sees the whole text.
 
     Inside CLIP, `dim` is the slide's d_t.
-    Copy with: transformer_layers, eos_position, Block, Attention, MLP, LayerNorm, quick_gelu.
+    To copy this, also copy: transformer_layers, eos_position, Block, Attention, MLP, LayerNorm,
+    quick_gelu.
     """
 
     def __init__(self, vocab_size=1024, context_length=77, dim=128, depth=2, heads=4,
@@ -105,7 +106,7 @@ class TextTransformer(nn.Module):
         super().__init__()
         self.token_embed = nn.Embedding(vocab_size, dim)
         self.pos_embed = nn.Parameter(torch.zeros(context_length, dim))
-        self.blocks = transformer_layers(dim, depth, heads, quick=quick_gelu, causal=True)
+        self.blocks = transformer_layers(dim, depth, heads, is_quick=quick_gelu, causal=True)
         self.norm = LayerNorm(dim, eps=1e-5)
 
     @torch.no_grad()
@@ -125,8 +126,8 @@ class TextTransformer(nn.Module):
                 nn.init.zeros_(linear.bias)
 
     def tokens(self, ids, prefix=None):
-        """ids (B, N) -> (B, N, D). prefix (B, n, D): vectors that stand before the text's, without
-        positions: Captioner puts the image there."""
+        """ids (B, N) -> (B, N, D). prefix (B, n, D): vectors to put before those of the tokens,
+        without positions: Captioner puts the image there."""
         N = ids.shape[1]
         x = self.token_embed(ids) + self.pos_embed[:N]  # (B, N, D)
         if prefix is not None:
@@ -146,7 +147,7 @@ class TextTransformer(nn.Module):
 class CBOW(nn.Module):
     """Continuous bag of words, ids (B, 77) -> T_f (B, D): the mean of the tokens' vectors, in which
     the order of the words is lost.
-    Copy with: eos_position.
+    To copy this, also copy: eos_position.
     """
 
     def __init__(self, vocab_size=1024, dim=128):
@@ -165,11 +166,11 @@ class CBOW(nn.Module):
         return x.sum(1) / (eos + 1)
 
 
-def transformer_layers(dim, depth, heads, quick=True, causal=False):
-    """`depth` Transformer layers. quick: CLIP's own activation, else the exact GELU.
-    Copy with: Block, Attention, MLP, LayerNorm, quick_gelu.
+def transformer_layers(dim, depth, heads, is_quick=True, causal=False):
+    """`depth` Transformer layers. is_quick: CLIP's own activation, else the exact GELU.
+    To copy this, also copy: Block, Attention, MLP, LayerNorm, quick_gelu.
     """
-    act = quick_gelu if quick else F.gelu
+    act = quick_gelu if is_quick else F.gelu
     norm = functools.partial(LayerNorm, eps=1e-5)
     return nn.ModuleList(
         Block(dim, heads, act=act, norm=norm, causal=causal) for _ in range(depth))
@@ -191,9 +192,9 @@ class CLIP(nn.Module):
 
     image_encoder: "vit" or "resnet". text_encoder: "transformer" or "cbow". quick_gelu: False for
     the exact GELU. (For "vit" alone, a copy needs no ResNet, Bottleneck and conv_and_norm.)
-    Copy with: ImageTransformer, TextTransformer, CBOW, transformer_layers, eos_position,
-    l2_normalize, ResNet, Bottleneck, conv_and_norm, Block, Attention, MLP, LayerNorm, PatchEmbed,
-    patchify, quick_gelu, sincos_2d.
+    To copy this, also copy: ImageTransformer, TextTransformer, CBOW, transformer_layers,
+    eos_position, l2_normalize, ResNet, Bottleneck, conv_and_norm, Block, Attention, MLP, LayerNorm,
+    PatchEmbed, patchify, quick_gelu, sincos_2d.
     """
 
     def __init__(self, image_size=32, patch_size=4, dim=128, depth=4, heads=4, embed_dim=512,
@@ -207,7 +208,7 @@ class CLIP(nn.Module):
             self.W_i = nn.Linear(dim, embed_dim, bias=False)
         elif image_encoder == "resnet":
             self.image_encoder = ResNet(image_size, dim, depth)
-            # The attention pooling has no output projection: W_i takes its place, with its bias.
+            # ResNet ends in an attention without an output projection: W_i is that, with a bias.
             self.W_i = nn.Linear(4 * dim, embed_dim)
         else:
             raise ValueError(f"image_encoder must be 'vit' or 'resnet', not {image_encoder!r}")
@@ -255,9 +256,8 @@ class CLIP(nn.Module):
         logits = self(I, T)
         # symmetric loss function
         labels = torch.arange(len(logits), device=logits.device)
-        # cross_entropy takes each row as one example. We read the slide's axis=0 as "the rows are
-        # the examples", axis=1 as "the columns are": so here the second one is transposed. (Read
-        # the other way round, the two losses change places, and the sum is the same.)
+        # cross_entropy takes each row as one example: an image and all texts. For a text and all
+        # images, transpose. (Whichever of the two is the slide's axis=0: the sum is the same.)
         loss_i = F.cross_entropy(logits, labels)  # a row: which text belongs to this image
         loss_t = F.cross_entropy(logits.T, labels)  # a column: which image belongs to this text
         loss = (loss_i + loss_t) / 2
@@ -292,11 +292,11 @@ class CLIP(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, heads=None, text_heads=None, quick_gelu=True):
-        """From this script's files or OpenAI's. The latter contain code that runs on loading: read
-        only those that you trust. open_clip's files with OpenAI's parameter names (laion2b's) need
-        quick_gelu=False, unless the model's name ends in "-quickgelu": the file does not tell. Nor
-        do released files tell the number of heads; None: as in OpenAI's encoders of this width."""
-        with data.refuse(f"{path}: does not hold a CLIP"):
+        """From this script's files, OpenAI's, or open_clip's with OpenAI's parameter names
+        (laion2b's). OpenAI's contain code that runs on loading: read only those that you trust.
+        heads, text_heads: no released file tells them; None: as in OpenAI's encoders of this width.
+        quick_gelu: False for open_clip's models whose names do not end in "-quickgelu"."""
+        with data.errors_become(f"{path}: does not hold a CLIP"):
             state, sizes = data.read_clip(path, heads=heads, text_heads=text_heads)
             model = cls(**sizes, quick_gelu=quick_gelu)
             model.load_state_dict(state)
@@ -317,7 +317,7 @@ def zero_shot(model, dataset, parts, prompts, amp, limit=None):
     """Slide "Zero-Shot", (3): the accuracy on the first `limit` images of each part.
 
     prompts (K, M, 77). parts: {"seen": (images, targets), ...}, see data.zero_shot_task.
-    Copy with: data.extract.
+    To copy this, also copy: data.extract.
     """
     with torch.no_grad(), amp:
         classify = model.classifier(prompts)
@@ -359,8 +359,9 @@ def bytes_to_symbols():
 
 
 def symbols(word):
-    """ "low" -> ("l", "o", "w</w>"): the bytes of a word; "</w>" marks its end.
-    Copy with: bytes_to_symbols.
+    """ "low" -> ("l", "o", "w</w>"): the bytes of a word; "</w>" marks its end. A character that
+    UTF-8 cannot write (half of a UTF-16 pair) counts as "?".
+    To copy this, also copy: bytes_to_symbols.
     """
     table = bytes_to_symbols()
     parts = [table[byte] for byte in word.encode("utf8", "replace")]
@@ -384,9 +385,9 @@ class Tokenizer:
     the pairs of neighbors that are frequent are joined again. A frequent word becomes one token.
 
     Ids, in this order: 256 bytes; 256 bytes at the end of a word; one for each merge; [SOS]; [EOS].
-    With OpenAI's merges they are equal to theirs, with three exceptions: the character U+0345,
-    characters newer than Python's tables, and wrongly decoded text, which theirs repairs (ftfy).
-    Copy with: SOS, EOS, WORD, bytes_to_symbols, symbols, merge, data.clean_text,
+    With OpenAI's merges, the ids are those of OpenAI's tokenizer, except for the character U+0345,
+    characters newer than Python's tables, and wrongly decoded text, which OpenAI's repairs (ftfy).
+    To copy this, also copy: SOS, EOS, WORD, bytes_to_symbols, symbols, merge, data.clean_text,
     data.cleaning_table, data.resolve_entity, data.upper_case_entities, data.unicode_class.
     """
 
@@ -441,12 +442,12 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path):
         """OpenAI's bpe_simple_vocab_16e6.txt.gz, or a checkpoint of this script; else UserError."""
-        with data.refuse(f"{path}: does not hold a tokenizer"):
+        with data.errors_become(f"{path}: does not hold a tokenizer"):
             if not str(path).endswith(".gz"):
                 return cls(data.load_checkpoint(path, "clip")["args"]["merges"])
             with gzip.open(path, "rt", encoding="utf8") as file:
                 lines = file.read().rstrip("\n").split("\n")
-            # Without the header. The file has more pairs than OpenAI uses: 49,408 tokens - 514.
+            # Without the header, and only as many merges as OpenAI uses: 49,408 tokens - 514.
             merges = lines[1:1 + 48894]
             if not merges:
                 raise ValueError("it is empty")
@@ -594,7 +595,7 @@ class Bottleneck(nn.Module):
     """A layer of the ResNet, (B, channels, H, W) -> (B, 4 * width, H / stride, W / stride).
 
     With a stride, average pooling shrinks the image, not a strided convolution.
-    Copy with: conv_and_norm.
+    To copy this, also copy: conv_and_norm.
     """
 
     def __init__(self, channels, width, stride=1):
@@ -618,7 +619,7 @@ class ResNet(nn.Module):
     depth: the number of layers in each stage, (3, 4, 6, 3) for RN50; a single number is divided
     among two stages. dim: the inner width of the last stage, whose output has 4 * dim. Each earlier
     stage is half as wide as the next.
-    Copy with: Bottleneck, conv_and_norm, Attention.
+    To copy this, also copy: Bottleneck, conv_and_norm, Attention.
     """
 
     def __init__(self, image_size=32, dim=128, depth=4):
@@ -629,7 +630,8 @@ class ResNet(nn.Module):
         # Sides shrink by this factor: 4 in the stem, and 2 in each stage but the first.
         self.patch_size = 2 ** (number + 1)
         self.grid = image_size // self.patch_size
-        # The pooling's heads have 64 of 4 * dim numbers, and the first stage's width is halved.
+        # 4 * dim must be a multiple of 64, the width of a head in the attention. The stem has half
+        # the width of the first stage, dim / 2^(number - 1).
         if image_size % self.patch_size or dim % 16 or dim % 2**number or min(depth) == 0:
             raise UserError(f"a ResNet of {number} stages needs --image-size divisible by "
                             f"{self.patch_size}, --dim by 16, --depth of at least 2")
@@ -688,7 +690,7 @@ class BagOfWords(nn.Module):
     """From the image, predict which tokens are in its caption, in whatever order.
 
     clip: its image encoder is trained. V is the number of tokens in the vocabulary.
-    Copy with: eos_position.
+    To copy this, also copy: eos_position.
     """
 
     def __init__(self, clip):
@@ -730,7 +732,7 @@ class Captioner(nn.Module):
     """Write the caption, token by token; the image becomes four tokens in front of [SOS].
 
     clip: both of its encoders are trained; the text encoder, a TextTransformer, writes.
-    Copy with: eos_position.
+    To copy this, also copy: eos_position.
     """
 
     def __init__(self, clip):
@@ -741,14 +743,14 @@ class Captioner(nn.Module):
         self.head = nn.Linear(text_dim, clip.text_encoder.token_embed.num_embeddings)
 
     def log_p(self, I_f, ids):
-        """I_f (B, d_i), ids (B, 77) -> (B, N - 1): log p of each token after [SOS], given the image
-        and the tokens before it; 0 after [EOS]."""
+        """I_f (B, d_i), ids (B, 77) -> (B, N - 1), N the length of the longest text: log p of each
+        token after [SOS], given the image and the tokens before it; 0 after [EOS]."""
         eos = eos_position(ids)[:, None]  # (B, 1)
         ids = ids[:, :eos.max() + 1]  # (B, N)
         prefix = self.prefix(I_f).unflatten(1, (4, -1))  # (B, 4, D)
         x = self.clip.text_encoder.tokens(ids[:, :-1], prefix)  # (B, N - 1, D)
         logits = self.head(x).float().transpose(1, 2)  # (B, V, N - 1)
-        # Without a mean over them, cross-entropies are the -log p of the true tokens, (B, N - 1).
+        # reduction="none", no mean: a number for each true token, its -log p, (B, N - 1).
         log_p = -F.cross_entropy(logits, ids[:, 1:], reduction="none")
         position = torch.arange(1, ids.shape[1], device=ids.device)
         is_text = position <= eos
@@ -767,13 +769,13 @@ class Captioner(nn.Module):
         ids = prompts[:, 0]
         ids = ids[:, :eos_position(ids).max() + 1]  # (K, N)
         # [EOS] is the last token, V - 1. Padding need not be excluded: its log p is 0.
-        is_word = ids[:, 1:] < self.head.out_features - 1
+        is_not_eos = ids[:, 1:] < self.head.out_features - 1
 
         def classify(images):
             scores = []
             for I_f in self.clip.features(images):  # one image with all prompts
                 log_p = self.log_p(I_f.expand(len(ids), -1), ids)  # (K, N - 1)
-                scores.append((log_p * is_word).sum(dim=1))
+                scores.append((log_p * is_not_eos).sum(dim=1))
             return torch.stack(scores)
 
         return classify
@@ -839,8 +841,8 @@ def parse_args(argv=None):
                "encoder, if not that of --size.", type=positive)
     parser.add("--tokenizer", None, "The path of OpenAI's bpe_simple_vocab_16e6.txt.gz, or of a "
                "checkpoint of this script; without it a tokenizer is learned from the captions.")
-    parser.add("--exact-gelu", False, "The model of --load has the exact GELU, not OpenAI's, as "
-               "most of open_clip's models.", action="store_true")
+    parser.add("--exact-gelu", False, "The model of --load has the exact GELU, as most of "
+               "open_clip's models have, and not OpenAI's quick_gelu.", action="store_true")
     parser.add("--vocab-size", 1024, "The largest size of the vocabulary that is learned.",
                type=number(int, 514))
     parser.add("--compare", [], "The --out folders of other runs, to draw them into zero_shot.svg, "
@@ -899,9 +901,11 @@ def pick_tokenizer(args, dataset):
 
 
 def left_and_right(tokenizer, captions):
-    """The tokens of "left" and "right". None for both if a word has several tokens and cannot be
-    exchanged: then a mirrored image's caption could become wrong. If no caption has these words,
-    there is nothing to exchange: -1, which is no token."""
+    """The tokens of "left" and "right", for `mirror`.
+
+    (-1, -1), which are no tokens, if no caption has these words: there is nothing to exchange.
+    (None, None) if one of them has several tokens and cannot be exchanged: do not mirror at all.
+    """
     if not any(word in caption.lower() for caption in captions for word in ("left", "right")):
         return -1, -1
     left = tokenizer.encode("left")
@@ -966,9 +970,9 @@ def train(args):
     prompts = tokenize_prompts(tokenizer, names, templates).to(device)
     train_ids = tokenizer(dataset.train_captions, truncate=True).to(device)
     sides = left_and_right(tokenizer, dataset.train_captions)
-    # Shift images by up to 4 pixels; those of `shapes` (only it has unseen images) by 2, because
-    # their captions tell positions.
-    pad = 4 if dataset.unseen_images is None else 2
+    # Shift images by up to 4 pixels; those of `shapes` by 2, as their captions tell positions.
+    is_shapes = dataset.unseen_images is not None  # only it has unseen pairs
+    pad = 2 if is_shapes else 4
     optimizer = make_optimizer(model, args, device)
     start, scores = data.resume(args, "clip", model=model, optimizer=optimizer)
     loss_function = torch.compile(model.loss) if args.compile else model.loss
@@ -980,11 +984,11 @@ def train(args):
 
     # Training.
     if start == 0 and not args.load:  # a new run does not append to an earlier run's scores
-        with data.refuse(f"cannot delete {out / 'zero_shot.csv'}, which an earlier run wrote"):
+        with data.errors_become(f"cannot delete {out / 'zero_shot.csv'}, of an earlier run"):
             (out / "zero_shot.csv").unlink(missing_ok=True)
     progress = data.Progress(args, start, scores)
     for step in progress:
-        # Each step has a seed of its own: a resumed run gives exactly what one without a stop does.
+        # Each step has its own seed: a resumed run computes exactly what one without a stop would.
         torch.manual_seed(args.seed * 1_000_003 + step)
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
@@ -1025,7 +1029,7 @@ def train(args):
     if isinstance(model, CLIP):
         files += draw_similarity(model, dataset, tokenizer, out, amp=amp)
     if not args.load:
-        save(max(start, args.steps), scores)  # what was resumed may already be past --steps
+        save(max(start, args.steps), scores)  # a resumed run may be past --steps already
         files += draw_zero_shot(out, args.compare) + ["checkpoint.pt", "log.csv", "zero_shot.csv"]
     return data.report(scores, out, files)
 

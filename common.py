@@ -2,9 +2,8 @@
 
 Letters, here and in every script: B images in a batch, N tokens, D width, h heads, d = D / h the
 width of a head, P patch side, K classes (iGPT: colors; I-JEPA: patches of a target). Images are
-(B, 3, H, W), sequences are (B, N, D): a token is a row here and a column on the slides.
-"Copy with: A, B." at the end of a docstring: who copies this class elsewhere needs A and B, too
-(and data.py to read files and for its error class).
+(B, 3, H, W), sequences are (B, N, D): a token is a row here and a column on the slides. "To copy
+this, also copy: ..." leaves out one thing: reading files, and UserError, come from data.py.
 """
 
 import math
@@ -116,7 +115,7 @@ class Block(nn.Module):
         x = x + mlp(norm(x))               x = norm(x + mlp(x))
 
     cross=True adds what the slides' decoder has in between: attention to `context` (B, M, D).
-    Copy with: Attention, MLP, LayerNorm.
+    To copy this, also copy: Attention, MLP, LayerNorm.
     """
 
     def __init__(self, dim, heads, mlp_ratio=4.0, bias=True, act=F.gelu, norm=LayerNorm,

@@ -176,7 +176,8 @@ def shapes(seed=0, size=32, counts=(20000, 2000, 1000)):
     depend on the class, color only by the pairs left out, and the ground is lighter than the shape
     as often as it is darker: a pixel tells little about the class, one has to look at the form.
 
-    Copy with: CAPTIONS, COLORS, Data, POSITIONS, SHAPES, normalize, signed_distance, turn.
+    To copy this, also copy: CAPTIONS, COLORS, Data, POSITIONS, SHAPES, normalize, signed_distance,
+    turn.
     """
     total = sum(counts)
     generator = torch.Generator().manual_seed(seed)
@@ -365,7 +366,7 @@ def cifar(name, root, seed):
         download(CIFAR_URL + archive, md5, root=root, folder=folder, members=members)
     images = []
     labels = []
-    with refuse(f"{path} is damaged: delete it, and the next run downloads it again"):
+    with errors_become(f"{path} is damaged: delete it, and the next run downloads it again"):
         text = (path / names_file).read_text(encoding="utf8")
         class_names = [line.replace("_", " ") for line in text.split()]
         if len(class_names) != int(name.removeprefix("cifar")):
@@ -405,7 +406,8 @@ def download(url, md5, root, folder, members):
     All work is done in a temporary folder, and one rename ends it: an interrupted download leaves
     nothing that could be taken for whole. Members are read by name, so no path is ever followed.
     """
-    with refuse(f"could not get {url}: nothing was kept; try again, or unpack it into {root}"):
+    message = f"could not get {url}: nothing was kept; try again, or unpack it into {root}"
+    with errors_become(message):
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{folder}.part-", dir=root) as part:
             archive = pathlib.Path(part) / "archive"
@@ -443,7 +445,7 @@ def npz(path):
     Optional: `captions`, N texts, and `class_names`, K texts. A tenth becomes the test set, for any
     seed the same one. Raises UserError if an array is missing or does not fit.
     """
-    with refuse(f"{path}: not a readable .npz without pickled objects"):
+    with errors_become(f"{path}: not a readable .npz without pickled objects"):
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: np.atleast_1d(file[key]) for key in file}
     images = arrays.get("images", np.empty(0))
@@ -483,7 +485,7 @@ def texts(path, key, array):
     if array.ndim != 1 or array.dtype.kind not in "US":
         raise UserError(f"{path}: {key} must be one text each, an array of texts (N,); "
                         f"it holds {array.dtype} {array.shape}")
-    with refuse(f"{path}: {key} must be texts in UTF-8"):
+    with errors_become(f"{path}: {key} must be texts in UTF-8"):
         if array.dtype.kind == "S":
             array = np.char.decode(array, "utf8")
         return [str(text) for text in array]
@@ -498,7 +500,7 @@ def zero_shot_task(dataset):
     and the captions with every size and position. Any other data set has its class names, CLIP's
     templates for CIFAR, and no part "unseen".
 
-    Copy with: CAPTIONS, CIFAR_TEMPLATES, COLORS, POSITIONS, SHAPES.
+    To copy this, also copy: CAPTIONS, CIFAR_TEMPLATES, COLORS, POSITIONS, SHAPES.
     """
     if dataset.unseen_images is None:
         parts = {"seen": (dataset.test_images, dataset.test_labels)}
@@ -536,7 +538,7 @@ def batch_index(n, batch_size, step, seed):
 
     Epochs without repetition. The step alone decides, so that a resumed run sees the same batches.
 
-    Copy with: permutation.
+    To copy this, also copy: permutation.
     """
     batch_size = min(batch_size, n)
     batches = n // batch_size  # in an epoch
@@ -639,7 +641,7 @@ def extract(features, dataset, images, amp):
 def both_sets(features, dataset, amp):
     """-> train_x, train_y, test_x, test_y: the features of all images, for linear_probe and knn.
 
-    Copy with: extract.
+    To copy this, also copy: extract.
     """
     train_x = extract(features, dataset, dataset.train_images, amp)
     test_x = extract(features, dataset, dataset.test_images, amp)
@@ -657,7 +659,7 @@ def linear_probe(train_x, train_y, test_x, test_y, percent=100):
     l2 is the best of four on a tenth of the training features, held out. Then all of them are
     fitted, and the test features are used once, for the accuracy.
 
-    Copy with: accuracy, fit, standardize.
+    To copy this, also copy: accuracy, fit, standardize.
     """
     n = max(20, len(train_y) * percent // 100)
     train_y = train_y[:n]
@@ -887,7 +889,7 @@ def train_cnn(dataset, seed=0, steps=200, batch_size=128):
 def save_png(path, images, columns=8, gap=2):
     """Images (N, 3, H, W), uint8 or float from 0 to 1, in rows of `columns`; enlarges small ones.
 
-    Copy with: UserError, png_chunk, refuse, replace, write_file.
+    To copy this, also copy: UserError, png_chunk, errors_become, replace, write_file.
     """
     if images.dtype != torch.uint8:
         images = (images.float().clamp(0, 1) * 255).round().byte()
@@ -928,7 +930,7 @@ def save_chart(path, series, xlabel, ylabel, lines=True):
 
     Points that are not finite are left out.
 
-    Copy with: CURVE_COLORS, UserError, refuse, replace, ticks, write_file.
+    To copy this, also copy: CURVE_COLORS, UserError, errors_become, replace, ticks, write_file.
     """
     curves = {}
     for name, points in series.items():
@@ -1002,7 +1004,7 @@ def compare_logs(path, folders, columns, x, xlabel, ylabel, relative=False, file
         names = [str(folder) for folder in folders]
     series = {}
     for name, folder in zip(names, folders):
-        with refuse(f"{folder}: holds no whole {file} with {x}, {', '.join(columns)}"):
+        with errors_become(f"{folder}: holds no whole {file} with {x}, {', '.join(columns)}"):
             table = read_log(folder / file)
             for column in columns:
                 label = f"{name}: {column.replace('_', ' ')}" if len(columns) > 1 else name
@@ -1035,7 +1037,7 @@ def load_checkpoint(path, script=None):
 
     `script`: which script must have written it. Raises UserError.
     """
-    with refuse(f"{path}: not a whole PyTorch file of plain tensors"):
+    with errors_become(f"{path}: not a whole PyTorch file of plain tensors"):
         check_zip(path)
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -1068,7 +1070,7 @@ def resume(args, script, **parts):
         print(f"no checkpoint in {args.out} yet: this run starts anew")
         return 0, {}
     checkpoint = load_checkpoint(path, script)
-    with refuse(f"{path}: does not fit these options"):
+    with errors_become(f"{path}: does not fit these options"):
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         return checkpoint["step"], checkpoint["scores"]
@@ -1088,7 +1090,7 @@ def log(path, step, **numbers):
     for attempt in range(attempts):
         if attempt > 0:
             time.sleep(0.25)
-        with refuse(f"cannot write {path}"):
+        with errors_become(f"cannot write {path}"):
             if add_line(path, header, new, step):
                 return
     if path not in NOT_REPLACED:
@@ -1124,7 +1126,7 @@ def read_log(path):
 
 def write_file(path, content):
     """Writes bytes, whole or not at all; UserError if that is not possible."""
-    with refuse(f"cannot write {path}"):
+    with errors_become(f"cannot write {path}"):
         replace(pathlib.Path(path), content)
 
 
@@ -1147,7 +1149,7 @@ class UserError(ValueError):
 
 
 @contextlib.contextmanager
-def refuse(message):
+def errors_become(message):
     """Whatever a bad file, disk or network raises inside becomes one UserError line."""
     try:
         yield
@@ -1285,7 +1287,7 @@ def pick_device(name):
             name = "mps"
         if torch.cuda.is_available():
             name = "cuda"
-    with refuse(f"--device {name}: not on this machine"):
+    with errors_become(f"--device {name}: not on this machine"):
         x = torch.zeros(1, device=name)
         x.item()  # an error on "meta", which holds no numbers
         return x.device
@@ -1297,7 +1299,7 @@ def autocast(device, precision="auto"):
     precision: "auto", bfloat16 where the hardware has units for it; "bf16" always; "fp32" never.
     Weights, residual sums and LayerNorms stay float32.
 
-    Copy with: multiplies_bf16.
+    To copy this, also copy: multiplies_bf16.
     """
     kind = torch.device(device).type
     if precision == "auto":
@@ -1476,7 +1478,7 @@ def main(args):
 #
 # Nobody reads this beside the slides. Each reader takes the path of a file and returns
 # (state dict in this repository's names, keyword arguments of the class that it fits).
-# What a file does not hold at all raises; `from_pretrained` makes one line of it with `refuse`.
+# What a file does not hold at all raises; `errors_become` in `from_pretrained` makes it one line.
 
 # Whose checkpoints hold a ViT encoder.
 ENCODERS = ("vit", "mae", "jepa", "teacher")
@@ -1791,7 +1793,7 @@ def read_google(path):
     """Google's .npz of JAX arrays -> (state dict in timm's names, number of heads)."""
     state = {}
     heads = None
-    with refuse(f"{path}: not a Google ViT .npz"), np.load(path, allow_pickle=False) as file:
+    with errors_become(f"{path}: not a Google ViT .npz"), np.load(path, allow_pickle=False) as file:
         for theirs in file:
             name = rename(theirs, GOOGLE)
             if name == "cls":
@@ -1942,7 +1944,7 @@ def hugging_face_igpt(content):
 
 def read_palette(path, colors):
     """OpenAI's kmeans_centers.npy, (K, 3) in -1..1 -> tensor; else UserError."""
-    with refuse(f"{path}: not a palette of {colors} colors"):
+    with errors_become(f"{path}: not a palette of {colors} colors"):
         palette = torch.from_numpy(np.load(path, allow_pickle=False)).float()
         if palette.shape != (colors, 3):
             raise ValueError(f"shape {tuple(palette.shape)}")
@@ -2119,7 +2121,7 @@ def read_clip(path, heads=None, text_heads=None):
     Words that an encoder has no use for (a ResNet's patches, CBOW's layers) are left out.
     """
     args = {}
-    with refuse(f"{path}: not a whole TorchScript archive"):
+    with errors_become(f"{path}: not a whole TorchScript archive"):
         if is_torchscript(path):
             check_zip(path)
             content = torch.jit.load(path, map_location="cpu").state_dict()

@@ -44,7 +44,7 @@ class ImageGPT(nn.Module):
 
     logits[:, i] predicts token i. With objective "ar" (autoregressive) the model sees the tokens
     before i, with "bert" all tokens except the masked ones (keep = 0).
-    Copy with: Block, Attention, MLP, LayerNorm, Cache, quick_gelu, sincos_2d.
+    To copy this, also copy: Block, Attention, MLP, LayerNorm, Cache, quick_gelu, sincos_2d.
     """
 
     def __init__(self, image_size=16, dim=64, depth=8, heads=4, mlp_ratio=4.0, num_colors=8,
@@ -218,7 +218,7 @@ class ImageGPT(nn.Module):
         """From this script's file, or Hugging Face's ImageGPTForCausalImageModeling state dict. The
         latter has no palette: it stays zero (see data.read_palette). Any other file raises
         UserError. heads: a file of weights does not show them; None: as in a released size."""
-        with data.refuse(f"{path}: does not hold an Image GPT"):
+        with data.errors_become(f"{path}: does not hold an Image GPT"):
             state, sizes = data.read_igpt(path, heads=heads)
             model = cls(**sizes)
             model.load_state_dict(state)
@@ -487,7 +487,7 @@ def train(args):
     # Training.
     progress = data.Progress(args, start, scores)
     for step in progress:
-        # Each step has a seed of its own: a resumed run gives exactly what one without a stop does.
+        # Each step has its own seed: a resumed run computes exactly what one without a stop would.
         torch.manual_seed(args.seed * 1_000_003 + step)
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
@@ -523,7 +523,7 @@ def train(args):
     more, files = evaluate(model, dataset, out, args=args, amp=amp)
     scores |= more
     if not args.load:
-        save(max(start, args.steps), scores)  # what was resumed may already be past --steps
+        save(max(start, args.steps), scores)  # a resumed run may be past --steps already
         files += ["checkpoint.pt", "log.csv"]
     return data.report(scores, out, files)
 

@@ -1,21 +1,21 @@
 """I-JEPA: "... a Joint-Embedding Predictive Architecture", Assran et al. 2023, arXiv 2301.08243.
 
-An encoder sees a part of the image, the context (the slide's "one block"). A predictor predicts
-what a second encoder, which sees all of it, outputs for the masked blocks: meaning, not pixels. The
-second encoder slowly follows the first: if gradients trained it, all outputs could become equal.
+An encoder sees a part of the image, the context (the slide's "one block"), a second one the whole
+image. A predictor predicts what the second one outputs for the masked blocks: meaning, not pixels.
+The second slowly follows the first: if gradients trained it, too, all outputs could become equal.
 
-    loss = mean smooth_l1(predictor(encoder(context), positions), norm(target_encoder(image)))
+    loss = mean smooth_l1(predictor(encoder(context), masked), norm(target_encoder(image))[masked])
 
     python jepa.py                                    # the default data set, "shapes"
     python jepa.py --no-ema --no-stop-grad --out out/collapsed    # see it collapse
     python jepa.py --masking multiblock --out out/multiblock      # the masks of the paper
     python vit.py --init out/jepa/checkpoint.pt --out out/tuned   # fine-tune the target encoder
 
-Default run, seed 0: linear probe on the patch mean 0.752 (untrained 0.305, pixels 0.326).
+Default run, seed 0: accuracy of a linear probe 0.752 (untrained network 0.305, pixels 0.326).
 
 Differences from the paper:
 1. norm is `center_targets`. LayerNorm's targets mostly tell position and color (probe 0.328).
-2. `tiny` masks blocks of 2 x 2 patches. The paper's: probe 0.425, not 0.622, after 1,200 steps.
+2. Masked blocks of 2 x 2 patches. After 1,200 steps, probe 0.622; with the paper's blocks 0.425.
 3. MAE's initial weights, momentum 0.99 to 0.999, constant weight decay: our runs are short.
 """
 
@@ -46,7 +46,8 @@ class Encoder(nn.Module):
     """A ViT without class token: images (B, 3, H, H), normalized -> (B, N, D).
 
     With context_idx (B, n) it sees only the patches with these indices: -> (B, n, D).
-    Copy with: take, Block, Attention, MLP, LayerNorm, PatchEmbed, patchify, sincos_2d.
+    To copy this, also copy: take, Block, Attention, MLP, LayerNorm, PatchEmbed, patchify,
+    sincos_2d.
     """
 
     def __init__(self, image_size=32, patch_size=4, dim=128, depth=4, heads=4, mlp_ratio=4.0):
@@ -76,10 +77,10 @@ class Encoder(nn.Module):
 
 
 class Predictor(nn.Module):
-    """Predicts the representations of the K patches target_idx (B, K), one target, from
-    z (B, n, D), the encoder's output for the patches context_idx (B, n). -> (B, K, D).
+    """Predicts the representations of the K patches target_idx (B, K), which together are one
+    target, from z (B, n, D), the encoder's output for the patches context_idx (B, n): -> (B, K, D).
 
-    Copy with: Block, Attention, MLP, LayerNorm, sincos_2d.
+    To copy this, also copy: Block, Attention, MLP, LayerNorm, sincos_2d.
     """
 
     def __init__(self, grid=8, dim=128, predictor_dim=64, predictor_depth=2, predictor_heads=4):
@@ -109,9 +110,9 @@ class IJEPA(nn.Module):
     """An `encoder`, a `predictor`, and a `target_encoder`, the slow average of the encoder.
 
     predictor_heads: by default as many as the encoder has. center: the targets are
-    `center_targets` of the target encoder's output; False: LayerNorm of it, as by the authors.
-    Copy with: Encoder, Predictor, center_targets, take, Block, Attention, MLP, LayerNorm,
-    PatchEmbed, patchify, sincos_2d.
+    `center_targets` of the target encoder's output; by default LayerNorm of it, as by the authors.
+    To copy this, also copy: Encoder, Predictor, center_targets, take, Block, Attention, MLP,
+    LayerNorm, PatchEmbed, patchify, sincos_2d.
     """
 
     def __init__(self, image_size=32, patch_size=4, dim=128, depth=4, heads=4, mlp_ratio=4.0,
@@ -133,25 +134,25 @@ class IJEPA(nn.Module):
         projection is this repository's."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)  # qkv as one (3 D, D) matrix
+                nn.init.xavier_uniform_(module.weight)  # q, k, v: as one (3 D, D) matrix
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Conv2d):  # in PatchEmbed: a linear map, stored as a Conv2d
-                # With this std, 3 P^2 numbers of variance 1 give outputs of variance 1. With 0.02,
-                # as by I-JEPA's authors, they would be about 0.14 for P = 4, and the positions 0.7
-                # (root mean square): what the patch shows would hardly count.
+                # From 3 P^2 numbers of std 1, weights of this std make outputs of std 1. With 0.02,
+                # as by I-JEPA's authors, it would be 0.02 sqrt(48) = 0.14 for P = 4, and that of
+                # the positions is 0.7: what the patch shows would hardly count.
                 nn.init.normal_(module.weight, std=1 / math.sqrt(3 * self.encoder.patch_size**2))
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.predictor.mask_token, std=0.02)
         self.target_encoder.load_state_dict(self.encoder.state_dict())  # both start equal
 
     def loss(self, images, context_idx, target_idx, stop_grad=True):
-        """context_idx (B, n), target_idx (M, B, K): M targets, with multiblock_masks a block each.
-        Returns (loss, predictions (M, B, K, D)); the loss is the mean over all of these.
+        """context_idx (B, n), target_idx (M, B, K): M targets of K patches (multiblock_masks: each
+        is a block). Returns (loss, predictions (M, B, K, D)); the loss is the mean over all these.
 
-        smooth_l1 and the targets' LayerNorm are those of the authors' code; the paper writes L2."""
+        smooth_l1, and LayerNorm if not center, are those of the authors' code; the paper has L2."""
         z = self.encoder(images, context_idx)  # (B, n, D): sees the context alone
         if stop_grad:
             with torch.no_grad():
@@ -159,10 +160,11 @@ class IJEPA(nn.Module):
         else:
             # The experiment --no-stop-grad: the trained encoder itself gives the targets, and the
             # loss may change them, too: it can make them easy to predict, and empty (collapse).
-            # target_encoder is not used here; with --no-ema, it is a copy, for the scores.
+            # target_encoder gives no targets then. `features`, so each score, still uses it.
             h = self.encoder(images)
         h = h.to(images.dtype)  # float32, also if the encoder computed in bfloat16
-        # The encoder's own norm has a trained gain, which could shrink h. Here there is none.
+        # The encoder's last norm has a trained gain: a small one would make h and the loss small,
+        # and nothing would be learned. So h is normalized again, without a gain.
         h = center_targets(h) if self.center else F.layer_norm(h, h.shape[-1:])
         losses = []
         predictions = []
@@ -193,12 +195,12 @@ class IJEPA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, heads=None, predictor_heads=None):
-        """From the authors' .pth.tar, this script's file, or Hugging Face's; else UserError. The
-        last has no predictor: here it is an untrained one."""
-        with data.refuse(f"{path}: does not hold an I-JEPA"):
+        """From the authors' .pth.tar, this script's file, or Hugging Face's; else UserError.
+        Hugging Face's files have no predictor: the model then has an untrained one."""
+        with data.errors_become(f"{path}: does not hold an I-JEPA"):
             state, sizes = data.read_jepa(path, heads=heads, predictor_heads=predictor_heads)
             model = cls(**sizes)
-            if not any(name.startswith("predictor.") for name in state):  # keep the new one's
+            if not any(name.startswith("predictor.") for name in state):  # then keep the new one
                 for name, tensor in model.predictor.state_dict().items():
                     state[f"predictor.{name}"] = tensor
             model.load_state_dict(state)
@@ -229,7 +231,7 @@ def multiblock_masks(B, grid, number=4, scale=(0.15, 0.2), aspect=(0.75, 1.5), m
 
     The authors' code differs: it never uses the last row and column, one random number decides both
     area and aspect, and contexts are made equally large by dropping their last patches, the bottom.
-    Copy with: rectangles.
+    To copy this, also copy: rectangles.
     """
     for _ in range(50):  # trials
         # 1. The target blocks. They may overlap.
@@ -259,7 +261,7 @@ def rectangles(B, grid, number, scale, aspect):
     """-> (B, number, N) bool, N = grid * grid: blocks of patches, all of one size. The share of the
     image lies between the two numbers of `scale`, height / width between those of `aspect`; then
     both sides are rounded."""
-    # empty(()) is a single number; uniform_ draws it from torch's generator, which the step seeds.
+    # empty(()) is a single number; uniform_ draws it from torch's generator, which `train` seeds.
     area = grid**2 * torch.empty(()).uniform_(*scale).item()  # h * w, in patches
     ratio = torch.empty(()).uniform_(*aspect).item()  # h / w
     h = round(math.sqrt(area * ratio))
@@ -268,12 +270,12 @@ def rectangles(B, grid, number, scale, aspect):
     w = min(max(w, 1), grid)
     top = torch.randint(grid - h + 1, (B, number, 1))  # of each block; all are equally likely
     left = torch.randint(grid - w + 1, (B, number, 1))
-    # A block is where both its row and its column are True (1). top = 1, h = 2, left = 2, w = 3:
-    #                   columns  0 0 1 1 1 0
-    #            rows 0          . . . . . .
-    #                 1          . . # # # .
-    #                 1          . . # # # .
-    #                 0 ...      . . . . . .
+    # A block is where both its row and its column are True (T). top = 1, h = 2, left = 2, w = 3:
+    #                   columns  F F T T T F
+    #            rows F          . . . . . .
+    #                 T          . . # # # .
+    #                 T          . . # # # .
+    #                 F ...      . . . . . .
     i = torch.arange(grid)
     rows = (i >= top) & (i < top + h)  # (B, number, grid)
     columns = (i >= left) & (i < left + w)  # (B, number, grid)
@@ -285,7 +287,7 @@ def block_masks(B, grid, share=0.6, side=2):
     grid x grid patches. These K patches are one target (M = 1); the rest is the context
     -> context_idx (B, n), target_idx (1, B, K), int64.
 
-    Copy with: rectangles.
+    To copy this, also copy: rectangles.
     """
     N = grid**2
     K = math.ceil(share * N)  # number of target patches
@@ -295,11 +297,11 @@ def block_masks(B, grid, share=0.6, side=2):
     # 1. For each image N blocks, more than are needed. They may overlap.
     size = side**2 / N  # share of the image
     blocks = rectangles(B, grid, number=N, scale=(size, size), aspect=(1.0, 1.0))
-    # 2. Imagine them placed one after another, until K patches are masked. For each patch, the
-    # number of the first block that covers it, from 0 on; N if none does.
+    # 2. Imagine them placed one after another. `first` is, for each patch, the number of the first
+    # block that covers it, from 0 on; N if none does.
     block_number = torch.arange(N)[:, None]  # (N, 1); blocks is (B, N blocks, N patches)
     first = torch.where(blocks, block_number, N).amin(dim=1)  # (B, N patches)
-    # 3. The K patches that are covered first are the targets: of the last block, perhaps a part.
+    # 3. The K patches that are covered first are the target. The last block may be cut.
     order = first.argsort(dim=1, stable=True)
     return order[:, K:], order[None, :, :K]
 
@@ -317,7 +319,7 @@ def random_masks(B, N, share=0.6):
 def sample_masks(masking, B, grid, device):
     """masking "multiblock", "blocks" or "random"
     -> context_idx (B, n), target_idx (M, B, K), on the device.
-    Copy with: multiblock_masks, block_masks, random_masks, rectangles.
+    To copy this, also copy: multiblock_masks, block_masks, random_masks, rectangles.
     """
     if masking == "multiblock":
         context_idx, target_idx = multiblock_masks(B, grid)
@@ -333,13 +335,13 @@ def sample_masks(masking, B, grid, device):
 
 @torch.no_grad()
 def collapse(model, dataset, amp, n=500):
-    """Two measures of collapse, of the features of n test images.
+    """Two measures of collapse, of the features (n, D) of n test images.
 
-    feature_std, small if all are nearly equal: the mean over D of the std of l2_normalize(x), from
-    0 to 1 / sqrt(D). effective_rank, small if they differ in few directions only: exp(entropy of
-    s / sum(s)), where s are the singular values of the features minus their mean; at least 1, at
-    most D and n - 1.
-    Copy with: data.extract.
+    feature_std: after each image's features are scaled to length 1, the std over the images, then
+    the mean over D. 0 if all are equal; at most 1 / sqrt(D).
+    effective_rank: in how many directions the features differ. With s the singular values of the
+    features minus their mean: exp(entropy of s / sum(s)). At least 1, at most D and n - 1.
+    To copy this, also copy: data.extract.
     """
     x = data.extract(model.features, dataset, dataset.test_images[:n], amp)  # (n, D)
     std = F.normalize(x, dim=1).std(dim=0)  # (D,)
@@ -374,9 +376,9 @@ def draw_masks(model, dataset, out, args):
 
 @torch.no_grad()
 def draw_predictions(model, dataset, out, args, amp):
-    """8 test images, four panels each: original | context | in place of each target patch, the
-    training patch whose representation is nearest to the prediction | the same search with the
-    true target in place of the prediction: what a perfect predictor would give."""
+    """8 test images, four panels each: original | context | in place of each target patch, that
+    patch of 500 training images whose representation is nearest to the prediction | the same search
+    with the true target in place of the prediction: what a perfect predictor would give."""
     P = model.encoder.patch_size
     grid = model.encoder.grid
     images = dataset.normalize(dataset.test_images[:8])
@@ -520,7 +522,7 @@ def train(args):
         args.steps = 0
         args.patch_size = model.encoder.patch_size
         args.image_size = model.encoder.grid * args.patch_size
-        # Images are normalized as in the training of the file.
+        # Images are normalized as in the training of the file. has_head=False: not a classifier.
         args.mean, args.std = data.statistics(args.load, has_head=False)
     dataset = data.open_data(args, device)
     torch.manual_seed(args.seed)
@@ -545,7 +547,7 @@ def train(args):
     # Training.
     progress = data.Progress(args, start, scores)
     for step in progress:
-        # Each step has a seed of its own: a resumed run gives exactly what one without a stop does.
+        # Each step has its own seed: a resumed run computes exactly what one without a stop would.
         torch.manual_seed(args.seed * 1_000_003 + step)
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
@@ -585,7 +587,7 @@ def train(args):
     files += draw_predictions(model, dataset, out=out, args=args, amp=amp)
     if not args.load:
         files += draw_collapse(out, args)
-        save(max(start, args.steps), scores)  # what was resumed may already be past --steps
+        save(max(start, args.steps), scores)  # a resumed run may be past --steps already
         files += ["checkpoint.pt", "log.csv"]
     return data.report(scores, out, files)
 

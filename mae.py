@@ -1,8 +1,8 @@
 """Masked autoencoder (MAE): "... Are Scalable Vision Learners", He et al. 2021, arXiv 2111.06377.
 
-Mask three quarters of an image's patches (the slide's "blocks") before the encoder sees any, then
-let a small decoder predict the pixels of the masked ones. To fill such large holes, the encoder
-must find out what is in the image. With all patches in it, a step would take 2 to 3 times as long.
+Mask three quarters of an image's patches (the slide's "blocks"), before the encoder sees any. A
+small decoder then predicts the pixels of the masked ones. It can do so only if the encoder tells it
+what is in the image. If the encoder saw all patches, a step would take 2 to 3 times as long.
 
     loss = 1 / (number of masked patches) * sum over masked patches of mean (pred - target)^2
 
@@ -11,7 +11,7 @@ must find out what is in the image. With all patches in it, a step would take 2 
     python vit.py --init out/mae/checkpoint.pt --out out/tuned        # fine-tune with labels
 
 Default run, seed 0, float32: accuracy of a linear probe on the mean of the patch tokens 0.843 (on
-the class token 0.715; untrained network 0.267; raw pixels 0.326). README tells the minutes.
+the class token 0.715; untrained network 0.267; raw pixels 0.326). For the minutes, see README.
 
 Differences from the paper:
 1. Peak learning rate 2e-3 for any batch size, not 1.5e-4 * batch size / 256: the run is short.
@@ -44,7 +44,8 @@ class MAE(nn.Module):
 
     norm_pix: the target is each patch normalized by its own mean and variance.
     decoder_depth=0: the encoder alone, without a decoder; `features` works, `forward` does not.
-    Copy with: take, Block, Attention, MLP, LayerNorm, PatchEmbed, patchify, sincos_2d.
+    To copy this, also copy: take, Block, Attention, MLP, LayerNorm, PatchEmbed, patchify,
+    sincos_2d.
     """
 
     def __init__(self, image_size=32, patch_size=4, dim=128, depth=4, heads=4, mlp_ratio=4.0,
@@ -56,7 +57,7 @@ class MAE(nn.Module):
         self.has_decoder = decoder_depth > 0
         N = self.grid**2
 
-        # A ViT with a fixed position table. Row 0 is the class token's and stays zero.
+        # A ViT with a fixed position table; row 0 is the class token's: zero, as by the authors.
         self.patch_embed = PatchEmbed(dim, patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + N, dim), requires_grad=False)
@@ -81,12 +82,12 @@ class MAE(nn.Module):
         class and mask token normal with std 0.02, norms the identity."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)  # qkv as one (3 D, D) matrix
+                nn.init.xavier_uniform_(module.weight)  # q, k, v: as one (3 D, D) matrix
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
-        self.patch_embed.proj.reset_parameters()  # for the bias; the next line replaces the weight
+        self.patch_embed.proj.reset_parameters()  # for the bias: as PyTorch draws it
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # a view: (D, 3*P*P)
         nn.init.normal_(self.cls_token, std=0.02)
         self.pos_embed[0, 1:] = sincos_2d(self.pos_embed.shape[2], self.grid)
@@ -95,8 +96,8 @@ class MAE(nn.Module):
             self.decoder_pos_embed[0, 1:] = sincos_2d(self.decoder_pos_embed.shape[2], self.grid)
 
     def encode(self, images, visible=None):
-        """(B, 3, H, H) -> (B, 1 + n, D), class token first. visible (B, n): the indices of the
-        patches that the encoder sees; None: all of them."""
+        """(B, 3, H, H) -> (B, 1 + n, D), class token first. visible (B, n): the indices of the n
+        patches that the encoder sees; None: of all of them, n = N."""
         side = self.grid * self.patch_size
         if images.shape[2:] != (side, side):
             raise ValueError(f"images of {tuple(images.shape[2:])}, but the position table of this "
@@ -116,8 +117,8 @@ class MAE(nn.Module):
     def decode(self, x, restore):
         """x (B, 1 + n, D), class token and visible patches -> pixels of all patches (B, N, P*P*3).
 
-        `forward` has shuffled the patches and kept the first n. restore (B, N): where each went.
-        If they now stand as 2, 0, 3, 1, patch 0 went to 1, patch 1 to 3: restore = 1, 3, 0, 2."""
+        `forward` encoded the first n of the shuffled patches. restore (B, N): where in the shuffled
+        order each patch stands. For the order 2, 0, 3, 1 (patch 0 is at 1) it is 1, 3, 0, 2."""
         x = self.decoder_embed(x)  # (B, 1 + n, decoder_dim)
         cls_token = x[:, :1]
         x = x[:, 1:]
@@ -161,7 +162,7 @@ class MAE(nn.Module):
         if noise is None:
             noise = torch.rand(len(images), N, device=images.device)
         order = noise.argsort(dim=1)  # which patch comes first, second, ...: (B, N)
-        restore = order.argsort(dim=1)  # the inverse, where each patch went: as shown in decode
+        restore = order.argsort(dim=1)  # its inverse, order[restore[i]] = i: see decode
         mask = (restore >= n).float()  # 1 = masked: it did not come among the first n
 
         # Encode the visible patches, decode all patches.
@@ -183,10 +184,10 @@ class MAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, norm_pix=False, heads=None, decoder_heads=None):
-        """From the authors' files or this script's; else UserError. norm_pix: True for the authors'
-        mae_pretrain_*_full.pth, False for mae_visualize_*.pth. heads, decoder_heads: the authors'
-        files do not tell them; None: as in their model of this width. Our files tell all this."""
-        with data.refuse(f"{path}: does not hold a masked autoencoder"):
+        """From the authors' files or this script's; else UserError. The arguments are what the
+        authors' files do not store: norm_pix, True for mae_pretrain_vit_*_full.pth, False for
+        mae_visualize_vit_*.pth; heads and decoder_heads, None for those of the authors' models."""
+        with data.errors_become(f"{path}: does not hold a masked autoencoder"):
             state, sizes = data.read_mae(path, heads=heads, decoder_heads=decoder_heads)
             sizes.setdefault("norm_pix", norm_pix)
             model = cls(**sizes)
@@ -239,25 +240,24 @@ SIZES = {  # B, L and H are the paper's; tiny, and T for CIFAR-10, are of this r
 
 
 def parse_args(argv=None):
-    number = data.number
     parser = data.Parser(__doc__)
     data.common_options(parser, "mae", SIZES, steps=2900, batch_size=64, lr=2e-3)
     parser.add("--warmup", 100, "The learning rate grows linearly for this number of steps.",
-               type=number(int, 0))
+               type=data.number(int, 0))
     parser.add("--weight-decay", 0.05, "The weight decay of all matrices and tokens.",
-               type=number(float, 0, 10))
+               type=data.number(float, 0, 10))
     parser.add("--augment", "light", "Changes of training images; light: random shift and flip.",
                choices=["none", "light"])
     parser.add("--mask-ratio", 0.75, "The share of patches that is masked.",
-               type=number(float, 0.01, 0.99))
+               type=data.number(float, 0.01, 0.99))
     parser.add("--norm-pix", False, "The target is each patch normalized by its own mean and std.",
                action="store_true")
     parser.add("--decoder-dim", None, "The width of the decoder, if not that of --size.",
-               type=number(int, 1, 65536))
+               type=data.number(int, 1, 65536))
     parser.add("--decoder-depth", None, "The decoder's number of layers, if not that of --size.",
-               type=number(int, 1, 65536))
+               type=data.number(int, 1, 65536))
     parser.add("--decoder-heads", None, "The decoder's number of heads, if not that of --size.",
-               type=number(int, 1, 65536))
+               type=data.number(int, 1, 65536))
     args = data.parse(parser, "mae", SIZES, argv)  # --size fills in what is None
     if args.decoder_dim % 4 or args.decoder_dim % args.decoder_heads:
         raise UserError(f"--decoder-dim {args.decoder_dim} must be a multiple of 4 and of "
@@ -292,7 +292,7 @@ def train(args):
         args.steps = 0
         args.patch_size = model.patch_size
         args.image_size = model.grid * model.patch_size
-        # Images are normalized as in the training of the file; has_head: classifiers differ.
+        # Images are normalized as in the training of the file. has_head=False: not a classifier.
         args.mean, args.std = data.statistics(args.load, has_head=False)
     dataset = data.open_data(args, device)
     torch.manual_seed(args.seed)
@@ -300,7 +300,7 @@ def train(args):
         model = build(args)
     model.to(device)
     trained = [p for p in model.parameters() if p.requires_grad]  # all but the position tables
-    matrices = [p for p in trained if p.ndim > 1]  # and the class and the mask token
+    matrices = [p for p in trained if p.ndim > 1]  # class and mask token, (1, 1, D), are among them
     vectors = [p for p in trained if p.ndim == 1]  # biases and norms: without weight decay
     groups = [dict(params=matrices, weight_decay=args.weight_decay),
               dict(params=vectors, weight_decay=0.0)]
@@ -316,7 +316,7 @@ def train(args):
     # Training.
     progress = data.Progress(args, start, scores)
     for step in progress:
-        # Each step has a seed of its own: a resumed run gives exactly what one without a stop does.
+        # Each step has its own seed: a resumed run computes exactly what one without a stop would.
         torch.manual_seed(args.seed * 1_000_003 + step)
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
@@ -351,7 +351,7 @@ def train(args):
     if model.has_decoder:
         files += draw_reconstructions(model, dataset, out=out, args=args, amp=amp)
     if not args.load:
-        save(max(start, args.steps), scores)  # what was resumed may already be past --steps
+        save(max(start, args.steps), scores)  # a resumed run may be past --steps already
         files += ["checkpoint.pt", "log.csv"]
     return data.report(scores, out, files)
 

@@ -1,8 +1,8 @@
 """Representation alignment (REPA): "... Easier Than You Think", Yu et al. 2024, arXiv 2410.06940.
 
-Diffusion in short: x_t = (1 - t) image + t noise goes from the image (t = 0) to noise (t = 1) with
-the velocity noise - image. A network v (here SiT, Ma et al. 2024, arXiv 2401.08740) learns to guess
-the velocity from x_t, t and the class. Then it leads fresh noise back to a new image, in steps.
+Diffusion in short: x_t = (1 - t) image + t noise is the image at t = 0 and pure noise at t = 1; its
+velocity is (noise - image). A network v (here SiT, Ma et al. 2024, arXiv 2401.08740) learns to
+guess this from x_t, t and the class. Then it leads fresh noise back to a new image, in steps.
 
 To guess well, v must find out what x_t shows. REPA helps: a projector turns each token h after an
 early block into a vector, trained to point in the direction of a teacher's token for its patch.
@@ -18,9 +18,9 @@ linear probe 0.352 (untrained 0.126, raw pixels 0.331). README says how long it 
 
 Differences from the paper:
 1. Pixels of 16 x 16, not the latents of a VAE, and a projector 256 wide, not 2048: to be quick.
-2. The default teacher is a small ViT trained on the labels for seconds: DINOv2 is a download.
+2. The default teacher is a small ViT trained on the labels for seconds: no download of DINOv2.
 3. For a short run: `draw_times`, larger initial weights for time and class, learning rate 8e-3
-   (paper: 1e-4), weights averaged by up to 0.995 (0.9999), 15 steps of Heun (250 of the SDE).
+   (paper: 1e-4), averaged weights with decay 0.995 (0.9999), 15 steps of Heun (250 of the SDE).
 """
 
 import copy
@@ -43,7 +43,7 @@ from data import UserError
 
 
 class TimeEmbed(nn.Module):
-    """t (B,) in 0..1 -> (B, D): an MLP of cosines and sines of t, of 128 frequencies, 1 to 1e-4."""
+    """t (B,) in 0..1 -> (B, D): cos(f t), sin(f t) for 128 frequencies f from 1 to 1e-4; an MLP."""
 
     def __init__(self, dim):
         super().__init__()
@@ -62,12 +62,12 @@ class TimeEmbed(nn.Module):
 
 class SiTBlock(nn.Module):
     """A pre-norm Transformer layer for x (B, N, D), controlled by c (B, D), the sum of the time's
-    and the class's embedding: "adaLN-Zero".
+    and the class's embedding.
 
     For attention and MLP each, c gives a shift and a scale, in place of LayerNorm's beta and gamma,
     and a gate, by which the branch's output is multiplied before it is added. Gates start at zero
-    (SiT.init_weights): at first, a block changes nothing.
-    Copy with: Attention, MLP, gelu_tanh.
+    (SiT.init_weights): at first, a block changes nothing. The paper's name for this is adaLN-Zero.
+    To copy this, also copy: Attention, MLP, gelu_tanh.
     """
 
     def __init__(self, dim, heads, mlp_ratio=4.0):
@@ -108,8 +108,8 @@ class SiT(nn.Module):
 
     align_depth: which block is aligned, from 1. teacher_dim: the width Z of the teacher's tokens;
     0: plain SiT. sit_time: True for released SiT weights, whose time runs from noise to image.
-    Copy with: TimeEmbed, SiTBlock, FinalLayer, draw_times, Attention, MLP, gelu_tanh, PatchEmbed,
-    patchify, unpatchify, sincos_2d.
+    To copy this, also copy: TimeEmbed, SiTBlock, FinalLayer, draw_times, Attention, MLP, gelu_tanh,
+    PatchEmbed, patchify, unpatchify, sincos_2d.
     """
 
     def __init__(self, image_size=16, patch_size=2, dim=128, depth=4, heads=4, mlp_ratio=4.0,
@@ -134,7 +134,7 @@ class SiT(nn.Module):
         self.final_layer = FinalLayer(dim, patch_size**2 * channels)
         self.init_weights()
         self.projector = None
-        if teacher_dim > 0:  # made last, so that all other weights start as those of plain SiT
+        if teacher_dim > 0:  # drawn last: with the same seed, all others start as in plain SiT
             self.projector = nn.Sequential(
                 nn.Linear(dim, projector_dim),
                 nn.SiLU(),
@@ -154,7 +154,8 @@ class SiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a view: (D, C*P*P)
+        # As if it were the matrix (D, C*P*P) of a Linear layer. flatten gives a view, no copy.
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
@@ -205,7 +206,7 @@ class SiT(nn.Module):
         """images (B, C, H, H), classes y (B,), the teacher's tokens z (B, N, Z); z=None: plain SiT.
         Returns (loss, out): out["velocity"] is the velocity's error, out["alignment"] the mean
         cosine, if there is a z."""
-        # Some labels become the null class: guidance needs the velocity of "any image", too.
+        # Some labels become the null class, "any image": guided_velocity needs its velocity, too.
         is_dropped = torch.rand(y.shape, device=y.device) < label_dropout
         y = torch.where(is_dropped, self.null, y)
 
@@ -249,10 +250,11 @@ class SiT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, heads=None, sit_time=None):
-        """This script's file, REPA's last.pt or a checkpoint of its train.py, or SiT-XL-2-256.pt,
-        else UserError; averaged weights if it holds any. sit_time=None: found out; SiT's files
-        also predict a variance, REPA's do not. heads=None: as stored, or as released."""
-        with data.refuse(f"{path}: does not hold a SiT"):
+        """From this script's file, REPA's last.pt, a checkpoint of REPA's train.py, or SiT's
+        SiT-XL-2-256.pt; else UserError. Averaged weights are taken if the file has them.
+        sit_time=None: True if the model also predicts a variance, as SiT's does (not used here).
+        heads=None: as in the file; for released files, as in the paper's model of this width."""
+        with data.errors_become(f"{path}: does not hold a SiT"):
             state, sizes = data.read_sit(path, heads=heads, sit_time=sit_time)
             model = cls(**sizes)
             model.load_state_dict(state)
@@ -293,7 +295,7 @@ def sample(model, noise, y, steps=50, method="euler", cfg=1.0, interval=(0, 1), 
     euler: each step follows the velocity at its start. heun: the mean of that and the velocity at
     its end, at twice the cost. cfg: guidance, in steps that start at a time in `interval`.
     `generator` is not used: it is here so that sample and sample_sde are called in the same way.
-    Copy with: guided_velocity.
+    To copy this, also copy: guided_velocity.
     """
     if method not in ("euler", "heun"):
         raise ValueError(f"method must be euler or heun, not {method}")
@@ -320,19 +322,20 @@ def sample_sde(model, noise, y, steps=50, cfg=1.0, interval=(0, 1), generator=No
     """As `sample`, but each step also removes more of the noise in x, as the model estimates it,
     and then (except the last) adds fresh noise in its place.
 
-    Copy with: guided_velocity.
+    To copy this, also copy: guided_velocity.
     """
     # The score, d log p(x_t) / d x_t, points to where x_t is more likely. For a given image, x_t is
     # normal with mean (1 - t) image and std t, so the score is -(x_t - (1 - t) image) / t^2, which
-    # is -n / t for the noise n in x_t. The model's velocity tells the n to expect:
+    # is -n / t for the noise n in x_t. For all images together, n is its mean over those that x_t
+    # may come from, and the model's velocity tells this mean:
     #     x_t = (1 - t) image + t n  and  v = n - image  give  n = x_t + (1 - t) v.
-    # For any w, a step dt (v - w / 2 * score), which also goes up the score, as dt < 0, and then
-    # noise of variance w |dt| lead to the same distribution of x as a step dt v, if steps are small
+    # `sample` steps by dt v. If steps are small, x gets the same distribution, for any w, by a step
+    # dt (v - w / 2 * score), which also goes up the score (dt < 0), and noise of variance w |dt|
     # (Song et al. 2021, arXiv 2011.13456, prove it). REPA takes w = 2 t: the step is dt (v + n).
     # Many small steps are added up: in float64, where the device has it.
     x = noise.to(torch.float32 if noise.device.type == "mps" else torch.float64)
 
-    # The last step, from 0.04 to 0, adds no noise; else it is like the others, as in REPA's code.
+    # As in REPA's code, the last step goes from 0.04 to 0; it alone adds no noise.
     times = torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist() + [0.0]
     for i in range(steps):
         t = times[i]
@@ -356,8 +359,8 @@ def sample_sde(model, noise, y, steps=50, cfg=1.0, interval=(0, 1), generator=No
 class Teacher(nn.Module):
     """A ViT encoder: images (B, 3, H, W), normalized -> patch tokens (B, N, D), no class token.
 
-    Copy with: Block, Attention, MLP, LayerNorm, PatchEmbed, patchify, sincos_2d, gelu_tanh,
-    data.resize_table.
+    To copy this, also copy: Block, Attention, MLP, LayerNorm, PatchEmbed, patchify, sincos_2d,
+    gelu_tanh, data.resize_table.
     """
 
     def __init__(self, image_size=32, patch_size=4, dim=128, depth=4, heads=4, mlp_ratio=4.0,
@@ -365,8 +368,9 @@ class Teacher(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.dim = dim
-        self.extra = 1 if class_token else 0  # rows before those of the patches
-        # True for released weights: as in REPA, they get images normalized with ImageNet's numbers.
+        self.extra = 1 if class_token else 0  # tokens before those of the patches
+        # from_pretrained sets it for released weights: as in REPA, they get images normalized with
+        # the mean and std of ImageNet.
         self.imagenet = False
         self.patch_embed = PatchEmbed(dim, patch_size)
         if class_token:
@@ -400,7 +404,7 @@ class Teacher(nn.Module):
     def from_pretrained(cls, path, heads=None):
         """Frozen, from this repository's vit, mae, jepa or teacher checkpoint, or a release of
         DINOv2, timm, MAE or I-JEPA (target encoder); else UserError."""
-        with data.refuse(f"{path}: does not hold a ViT encoder"):
+        with data.errors_become(f"{path}: does not hold a ViT encoder"):
             state, sizes = data.read_encoder(path, heads=heads, head=False)
             teacher = cls(**sizes)
             data.load_weights(teacher, state)
@@ -413,7 +417,7 @@ def teacher_tokens(teacher, dataset, images, grid, amp):
     """uint8 images (n, 3, H, H) -> unit tokens (n, grid * grid, Z) float16.
 
     Images are rescaled so that the teacher has as many patches as the student, grid * grid.
-    Copy with: data.IMAGENET, data.normalize.
+    To copy this, also copy: data.IMAGENET, data.normalize.
     """
     mean = dataset.mean
     std = dataset.std
@@ -462,9 +466,8 @@ def train_teacher(args, dataset, amp):
 
 
 def pick_teacher(args, dataset, amp, out):
-    """The frozen teacher; None with --align 0 and no --teacher. With --align 0 and a --teacher, it
-    only tells the width: the model gets a projector that nothing trains, to check that this alone
-    changes nothing."""
+    """The frozen teacher; None with --align 0 and no --teacher. --align 0 with a --teacher is a
+    control: the model gets a projector for this teacher, which nothing trains and nothing uses."""
     path = out / "teacher.pt"  # beside checkpoint.pt, so that --resume finds it
     # With --resume, a run goes on if there is its checkpoint.pt, else it begins anew.
     is_kept = args.resume and path.exists() and (out / "checkpoint.pt").exists()
@@ -481,8 +484,8 @@ def pick_teacher(args, dataset, amp, out):
         began = time.time()
         teacher = train_teacher(args, dataset, amp)
         args.teacher_seconds = time.time() - began
-        heads = {"heads": 4}  # Teacher's default, which the weights do not show
-        data.save_checkpoint(path, script="teacher", model=teacher.state_dict(), args=heads)
+        data.save_checkpoint(path, script="teacher", model=teacher.state_dict(),
+                             args=dict(heads=4))  # Teacher's default; the weights do not show it
     return teacher.to(dataset.mean.device).eval().requires_grad_(False)
 
 
@@ -526,8 +529,8 @@ def velocity_error(model, dataset, amp):
 
 
 def frechet_scores(model, dataset, args, amp):
-    """Frechet distances (data.frechet) to the first --samples test images, in the features of a
-    small CNN, which is never the teacher: how much mean and covariance of the features differ.
+    """Frechet distances (data.frechet) to the first --samples test images: how much mean and
+    covariance of a small CNN's features differ. (The CNN is not the teacher, to favor no model.)
     frechet: of new images of the same classes. frechet_floor: of training images.
     frechet_ceiling: of Gaussian pixels with the mean and std of the training images, clamped."""
     cnn = data.train_cnn(dataset, args.seed)
@@ -607,13 +610,14 @@ def parse_args(argv=None):
     parser.add("--projector-dim", None, "The projector's width, if not that of --size.",
                type=data.number(int, 1, 65536))
     parser.add("--teacher", None, "The teacher's file (vit, mae, jepa, DINOv2, timm), or random: "
-               "an untrained ViT. Without it, a small ViT is trained first (not with --align 0).")
+               "an untrained ViT. Without --teacher, a small ViT is trained first, if --align > 0.")
     parser.add("--teacher-steps", 300, "The training steps of that small ViT.", type=count)
     parser.add("--times", "lognormal", "How training draws the times; uniform is the paper's.",
                choices=["uniform", "lognormal"])
-    parser.add("--label-dropout", 0.1, "The share of null labels in training.", type=share)
-    parser.add("--ema", 0.995, "The decay of the averaged weights, which are scored; it grows, and "
-               "this is its limit.", type=share)
+    parser.add("--label-dropout", 0.1, "The share of null labels in training; 1: no labels at all.",
+               type=share)
+    parser.add("--ema", 0.995, "The decay of the averaged weights, which are scored. It grows from "
+               "0.1 up to this.", type=share)
     parser.add("--sampler", "heun", "How noise becomes an image.", choices=["euler", "heun", "sde"])
     parser.add("--sample-steps", 15, "The number of steps of the sampler.", type=count)
     parser.add("--samples", 1000, "The number of images for the Frechet distance.",
@@ -646,10 +650,19 @@ def build(args, teacher_dim):
 
 
 @torch.no_grad()
-def update_average(ema, model, decay):
-    """Each averaged weight a follows the trained one w: a = decay * a + (1 - decay) * w."""
+def update_average(ema, model, step, limit):
+    """Each averaged weight a follows the trained one w: a = decay * a + (1 - decay) * w. As the
+    weights change most at first, the decay grows with the step, from 0.1 up to `limit`."""
+    decay = min(limit, (1 + step) / (10 + step))
     for a, w in zip(ema.parameters(), model.parameters()):
         a.lerp_(w, 1 - decay)
+
+
+@torch.no_grad()
+def use_null_class(model):
+    """After a training without labels only the null class is known: every class becomes this."""
+    null = model.class_embed.weight[model.null].clone()
+    model.class_embed.weight[:] = null
 
 
 def check_fit(model, dataset, path):
@@ -709,7 +722,7 @@ def train(args):
     # Training.
     progress = data.Progress(args, start, scores)
     for step in progress:
-        # Each step has a seed of its own: a resumed run gives exactly what one without a stop does.
+        # Each step has its own seed: a resumed run computes exactly what one without a stop would.
         torch.manual_seed(args.seed * 1_000_003 + step)
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
@@ -729,9 +742,7 @@ def train(args):
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         progress.check(step, loss, norm)  # notes the loss; ends the run if either is not finite
         optimizer.step()
-        # The weights change most at first: the decay grows from 0.1, to 0.992 after 1,100 steps.
-        decay = min(args.ema, (1 + step) / (10 + step))
-        update_average(ema, model, decay)
+        update_average(ema, model, step, limit=args.ema)
         scores = progress.scores(images_seen=(step + 1) * len(images))
         if step % 10 == 0 or step + 1 == args.steps:
             data.log(out / "log.csv", step, images_seen=scores["images_seen"], loss=scores["loss"],
@@ -740,6 +751,8 @@ def train(args):
             save(step + 1, scores)
 
     # Scores and pictures of `ema`, the averaged weights; training.svg shows the losses of `model`.
+    if args.label_dropout == 1:
+        use_null_class(ema)
     scores["velocity"] = velocity_error(ema, dataset, amp)
     scores |= frechet_scores(ema, dataset, args, amp)
     scores["teacher_seconds"] = getattr(args, "teacher_seconds", 0.0)
@@ -750,7 +763,7 @@ def train(args):
     if not args.load:
         data.compare_logs(out / "training.svg", [out], ["velocity", "alignment"], x="step",
                           xlabel="step", ylabel="velocity loss; alignment: mean cosine")
-        save(max(start, args.steps), scores)  # what was resumed may already be past --steps
+        save(max(start, args.steps), scores)  # a resumed run may be past --steps already
         files += ["training.svg", "checkpoint.pt", "log.csv"]
     return data.report(scores, out, files)
 

@@ -43,8 +43,8 @@ class ViT(nn.Module):
 
     class_token=False: the features are the mean of the patches. tanh_gelu=True: the approximate
     GELU, for Google's released weights.
-    Copy with: Block, Attention, MLP, LayerNorm, PatchEmbed, gelu_tanh, patchify, sincos_2d,
-    data.resize_table.
+    To copy this, also copy: Block, Attention, MLP, LayerNorm, PatchEmbed, gelu_tanh, patchify,
+    sincos_2d, data.resize_table.
     """
 
     def __init__(self, image_size=32, patch_size=4, dim=128, depth=4, heads=4, mlp_ratio=4.0,
@@ -165,7 +165,7 @@ class ViT(nn.Module):
         Google (.npz), MAE, I-JEPA (target encoder) or DINOv2; else UserError. num_classes and
         image_size: see `adapt`. heads: the released files do not show their number; None: as in
         the released model of this width."""
-        with data.refuse(f"{path}: does not hold a ViT encoder"):
+        with data.errors_become(f"{path}: does not hold a ViT encoder"):
             state, sizes = data.read_encoder(path, heads=heads)
             model = cls(**sizes)
             data.load_weights(model, state)
@@ -427,7 +427,7 @@ def train(args):
     # Training.
     progress = data.Progress(args, start, scores)
     for step in progress:
-        # Each step has a seed of its own: a resumed run gives exactly what one without a stop does.
+        # Each step has its own seed: a resumed run computes exactly what one without a stop would.
         torch.manual_seed(args.seed * 1_000_003 + step)
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
@@ -468,7 +468,7 @@ def train(args):
     scores |= data.probe_scores(dataset, model.features, untrained.features, amp)
     files = draw(model, dataset, out)
     if not args.load:
-        save(max(start, args.steps), scores)  # what was resumed may already be past --steps
+        save(max(start, args.steps), scores)  # a resumed run may be past --steps already
         files += ["checkpoint.pt", "log.csv"]
     return data.report(scores, out, files)
 

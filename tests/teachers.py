@@ -162,9 +162,11 @@ def train(target, options, args):
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        repa.update_average(ema, model, decay=min(args.ema, (1 + step) / (10 + step)))
+        repa.update_average(ema, model, step, limit=args.ema)
         if step + 1 in (args.steps // 4, args.steps // 2, args.steps):
             seconds += time.time() - began  # without the time of scoring
+            if args.label_dropout == 1:
+                repa.use_null_class(ema)
             scores = score(ema, dataset, args, amp, cnn, classifier)
             alignment = parts["alignment"].item() if tokens is not None else None
             results.append(scores | dict(step=step + 1, alignment=alignment, seconds=seconds))

@@ -675,6 +675,18 @@ def test_the_command_learns_draws_and_scores(script, pictures, tmp_path):
     assert all(again[key] == scores[key] for key in ("probe", "frechet", "frechet_floor", "frechet_ceiling"))
 
 
+def test_without_labels_every_class_is_the_null_class(pictures, tmp_path):
+    """--label-dropout 1 trains one row of the class embedding: samples of all classes must use it."""
+    words = ["--data", pictures, "--data-dir", pictures.parent, *SMALL, "--out", tmp_path, "--steps", 2]
+    repa.train(repa.parse_args([str(word) for word in [*words, "--label-dropout", 1]]))
+    path = tmp_path / "checkpoint.pt"
+    drawn = data.load_checkpoint(path, "repa")["model"]["class_embed.weight"]
+    averaged = SiT.from_pretrained(path).class_embed.weight
+    assert not torch.equal(drawn[0], drawn[-1])
+    assert (averaged == averaged[-1]).all()
+    assert 0 < (averaged[-1] - drawn[-1]).abs().max() < 0.1  # the null class's: averaged, not another class's
+
+
 def test_the_frechet_distance_is_of_images_without_guidance(pictures, monkeypatch):
     """Of the averaged model, of the test images' classes, against the test images."""
     dataset = data.load(str(pictures))

@@ -213,9 +213,9 @@ def needs(name, piece):
 
 
 def copy_line(node):
-    """What the last line of a docstring names after "Copy with:"; None if there is no such line."""
+    """What the last line of a docstring names after "also copy:"; None if there is no such line."""
     text = ast.get_docstring(node) if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else None
-    match = re.search(r"Copy with:\s+(.*)\.\s*$", text or "", re.S)
+    match = re.search(r"To copy this, also copy:\s+(.*)\.\s*$", text or "", re.S)
     return {part.strip() for part in match[1].split(",")} if match else None
 
 
@@ -227,7 +227,7 @@ def test_copy_with_names_all_that_a_copy_needs(name):
         if named is not None:
             assert named == expected, f"{name}.{piece}"
         elif isinstance(node, ast.ClassDef) and name != "data":
-            assert expected == set(), f"{name}.{piece} needs a line: Copy with: {', '.join(sorted(expected))}."
+            assert expected == set(), f"{name}.{piece} needs a line: To copy this, also copy: {', '.join(sorted(expected))}."
 
 
 PIECES = {  # what students copy, and one use of it
