@@ -18,9 +18,10 @@ probe 0.993 (untrained 0.363, raw pixels 0.326). README says how long it takes.
 
 Differences from the paper:
 1. Small encoders and batches, a tokenizer learned from the captions, CBOW for the text: all faster.
-   Initial std: text tokens 0.5 (paper: 0.02), their positions 0.1 (0.01); the ViT as in vit.py.
+   Initial std: text tokens 0.5 (their code: 0.02), positions 0.1 (0.01); the ViT as in vit.py.
 2. Random shift and mirroring (left and right exchanged in the caption), no random crops.
-3. Gradients are clipped at norm 1. `bow` and `caption` classify by the log p of prompts.
+3. Learning rate 1e-3 (paper: 5e-4), weight decay 0.05 (0.2), gradients clipped at norm 1.
+4. `bow`, `caption`: our reading, as no details are published; the log p of prompts classifies.
 """
 
 import collections
@@ -111,7 +112,7 @@ class TextTransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """CLIP.init_weights calls it. The authors' numbers, but for the first two (see the top)."""
+        """CLIP.init_weights calls it. The authors' numbers, except the first two and MLP biases."""
         dim = self.pos_embed.shape[1]
         depth = len(self.blocks)
         nn.init.normal_(self.token_embed.weight, std=0.5)
@@ -843,6 +844,9 @@ def parse_args(argv=None):
                "checkpoint of this script; without it a tokenizer is learned from the captions.")
     parser.add("--exact-gelu", False, "The model of --load has the exact GELU, as most of "
                "open_clip's models have, and not OpenAI's quick_gelu.", action="store_true")
+    parser.add("--normalize", "openai", "How images of a released --load are normalized. half: "
+               "mean and std 0.5, for some models of open_clip (ViT-L-14 of laion2b_s32b_b82k).",
+               choices=list(data.NORMALIZE))
     parser.add("--vocab-size", 1024, "The largest size of the vocabulary that is learned.",
                type=number(int, 514))
     parser.add("--compare", [], "The --out folders of other runs, to draw them into zero_shot.svg, "
@@ -879,7 +883,7 @@ def load(args):
     model = CLIP.from_pretrained(args.load, quick_gelu=not args.exact_gelu)
     released = not data.is_own(args.load)  # by OpenAI or open_clip
     if released:  # for our own files, data.parse has read mean and std
-        args.mean, args.std = data.OPENAI
+        args.mean, args.std = data.NORMALIZE[args.normalize]
     args.steps = 0  # no training
     args.patch_size = model.image_encoder.patch_size
     args.image_size = model.image_encoder.grid * args.patch_size

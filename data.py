@@ -1487,7 +1487,7 @@ ENCODERS = ("vit", "mae", "jepa", "teacher")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # MAE, I-JEPA, DINOv2
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # Google's ViT and timm's vit_*; timm's deit_*: IMAGENET
 OPENAI = ((0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758))  # CLIP
-NORMALIZE = {"half": HALF, "imagenet": IMAGENET}
+NORMALIZE = {"half": HALF, "imagenet": IMAGENET, "openai": OPENAI}
 
 # Width of the encoder -> number of attention heads, in the files that the authors released.
 ENCODER_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16}
@@ -1564,15 +1564,22 @@ def is_own(path):
     return "script" in read_file(path, *ENCODERS, "igpt", "clip", "repa")
 
 
-def statistics(path, has_head):
-    """Mean and std of the images with which an encoder's file was trained: stored in this
-    repository's files, else HALF for files with a head, Google's and timm's, and IMAGENET for those
-    without one, of MAE, I-JEPA and DINOv2. (None, None) if the file does not tell.
+def statistics(path):
+    """Mean and std of the images with which an encoder's file was trained.
+
+    This repository's files store them; (None, None) if not. Released files do not, so this is a
+    guess: HALF for those with a head, as Google's and most of timm's, IMAGENET for those without
+    one, as MAE's, I-JEPA's and DINOv2's.
     """
-    if is_own(path):
-        args = own_args(read_file(path, *ENCODERS))
-        return args.get("mean"), args.get("std")
-    return HALF if has_head else IMAGENET
+    if str(path).endswith(".npz"):
+        state, heads = read_google(path)
+    else:
+        content = read_file(path, *ENCODERS)
+        if "script" in content:  # this repository's
+            args = own_args(content)
+            return args.get("mean"), args.get("std")
+        state = encoder_part(content)
+    return HALF if "head.weight" in state else IMAGENET
 
 
 def has_classes(path, dataset):

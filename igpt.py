@@ -17,7 +17,8 @@ each color is); linear probe on layer 2, the best of 0 to 8, 0.394 (untrained 0.
 Differences from the paper:
 1. 256 tokens and 8 colors, not 1,024 or more and 512: a short run learns outlines of shapes.
 2. The palette is k-means of this data set's pixels; how theirs was fitted is not published.
-3. Images are shifted and flipped; gradients are clipped at norm 1, as in all six scripts.
+3. Images are shifted and flipped; gradients are clipped at norm 1, as in all six scripts. For
+   fine-tuning, the learning rate is the same and falls as a cosine (theirs: searched, no cosine).
 4. The trained position table starts as MAE's table of rows and columns (theirs: random, std 0.01),
    color embeddings and start vector with std 0.5 (0.02). So, unlike theirs, the model is told what
    lies above what, because a short run would not learn it.
@@ -151,7 +152,7 @@ class ImageGPT(nn.Module):
         return loss, class_logits
 
     def features(self, tokens, layer):
-        """tokens (B, N) -> (B, D), equation 6 of the paper: the outputs of the first `layer` layers
+        """tokens (B, N) -> (B, D), the paper's section 2.4: the outputs of the first `layer` layers
         (0 to depth), normalized as the next layer does it, by its norm1 (after the last layer, by
         the final norm); then their mean over the tokens."""
         x = self.embed(tokens)

@@ -292,8 +292,8 @@ def train(args):
         args.steps = 0
         args.patch_size = model.patch_size
         args.image_size = model.grid * model.patch_size
-        # Images are normalized as in the training of the file. has_head=False: not a classifier.
-        args.mean, args.std = data.statistics(args.load, has_head=False)
+        # Images are normalized as in the training of the file.
+        args.mean, args.std = data.statistics(args.load)
     dataset = data.open_data(args, device)
     torch.manual_seed(args.seed)
     if not args.load:

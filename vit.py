@@ -18,9 +18,9 @@ network: 0.302, on raw pixels: 0.326). README says how many minutes it takes on 
 
 Differences from the paper:
 1. The learned position table starts as MAE's fixed sin-cos table of rows and columns, so it need
-   not learn what is near what. With small random numbers as the start, as in the paper, the
-   accuracy stays at chance for the first tens of thousands of training images.
-2. AdamW, shift and flip, and label smoothing: data sets are thousands of times smaller than JFT.
+   not learn what is near what. With small random numbers as the start, as in the authors' code,
+   the accuracy stays at chance for the first tens of thousands of training images.
+2. Shift in place of random crops, label smoothing, weight decay 0.05, on matrices alone.
 3. No dropout anywhere, and the head is one linear layer, as in later recipes (DeiT, MAE).
 """
 
@@ -148,7 +148,9 @@ class ViT(nn.Module):
 
     def adapt(self, num_classes=None, image_size=None):
         """For fine-tuning (section 3.2). num_classes: a new head. image_size: the position table is
-        interpolated to the new number of patches; UserError if patches do not divide image_size."""
+        interpolated to the new number of patches (bicubic, as in timm; Google's code: bilinear);
+        UserError if patches do not divide image_size. Class token and last norm stay, MAE's, too:
+        its authors fine-tune with the mean of the patches and a new norm."""
         if image_size is not None:
             if image_size % self.patch_size:
                 raise UserError(f"patches of {self.patch_size} pixels do not divide images of "
@@ -318,8 +320,8 @@ def parse_args(argv=None):
                "on them for comparison.", type=number(int, 20))
     parser.add("--init", None, "Fine-tune this vit, mae, jepa or released file with a new head.")
     parser.add("--normalize", None, "How images of --load or --init are normalized. half: mean and "
-               "std 0.5; imagenet: ImageNet's. Without it, they are chosen from the file, "
-               "which is wrong only for DeiT's files: they need imagenet.",
+               "std 0.5; imagenet, openai: ImageNet's, CLIP's. Without it, they are chosen from "
+               "the file. For DeiT's files, say imagenet; for ViTs without a head, mostly half.",
                choices=list(data.NORMALIZE))
     parser.add("--layer-decay", 1.0, "Each layer's learning rate is this factor times that of the "
                "next layer, nearer to the output; 1: all are equal.", type=number(float, 0, 1))
@@ -381,10 +383,9 @@ def read_model(args):
     args.patch_size = model.patch_size
     args.dim = len(model.norm.weight)
     args.depth = len(model.blocks)
-    # Images are normalized as in the training of the file, unless --normalize says how. This
-    # repository's files tell it; of the others, those with a head mostly used mean and std 0.5.
+    # Images are normalized as in the training of the file, unless --normalize says how.
     if args.normalize is None:
-        args.mean, args.std = data.statistics(path, has_head=model.num_classes > 0)
+        args.mean, args.std = data.statistics(path)
     else:
         args.mean, args.std = data.NORMALIZE[args.normalize]
     # These two go into the checkpoint's args: no tensor shows them, and read_encoder needs them.

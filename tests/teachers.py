@@ -74,7 +74,8 @@ class NormalizedTeacher(nn.Module):
         super().__init__()
         self.teacher = teacher
         self.patch_size = teacher.patch_size
-        self.imagenet = teacher.imagenet
+        self.mean = teacher.mean
+        self.std = teacher.std
 
     def forward(self, images):
         tokens = self.teacher(images).float()  # (B, N, Z)

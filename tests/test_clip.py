@@ -770,6 +770,8 @@ def test_a_released_file_brings_its_pixel_statistics_and_needs_its_tokenizer(
     train_briefly(monkeypatch, *words, "--tokenizer", tmp_path / "12.gz", evaluate=evaluate)
     assert found[0].mean.tolist() == pytest.approx([0.4815, 0.4578, 0.4082])
     assert found[0].std.tolist() == pytest.approx([0.2686, 0.2613, 0.2758])
+    train_briefly(monkeypatch, *words, "--tokenizer", tmp_path / "12.gz", "--normalize", "half", evaluate=evaluate)
+    assert found[1].mean.tolist() == found[1].std.tolist() == [0.5, 0.5, 0.5]
     assert not (tmp_path / "checkpoint.pt").exists()
 
 

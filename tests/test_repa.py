@@ -216,7 +216,7 @@ def test_dinov2_is_a_teacher(tmp_path, n):
     images = torch.randn(2, 3, 14 * n, 14 * n, dtype=torch.float64)
     expected = dinov2(state, images)
     teacher = Teacher.from_pretrained(tmp_path / "dino.pth")
-    assert teacher.imagenet and not any(p.requires_grad for p in teacher.parameters())
+    assert not any(p.requires_grad for p in teacher.parameters())
     got = teacher(images.float())
     assert got.shape == (2, n * n, 192) and (got - expected).abs().max() < 1e-5 * expected.abs().max()
     assert (teacher.double()(images) - expected).abs().max() < 1e-9 * expected.abs().max()
@@ -256,7 +256,7 @@ def test_this_repositorys_encoders_are_teachers(tmp_path, script):
         state["predictor.mask_token"] = torch.ones(1)
     data.save_checkpoint(tmp_path / "checkpoint.pt", script=script, model=state, args=dict(heads=2))
     teacher = Teacher.from_pretrained(tmp_path / "checkpoint.pt")
-    assert (teacher(images) - expected).abs().max() < 1e-5 and not teacher.imagenet
+    assert (teacher(images) - expected).abs().max() < 1e-5
 
 
 def encoder_tokens(s, images):
@@ -564,15 +564,29 @@ def test_it_overfits_eight_images():
     assert out["alignment"] > 0.8 and (made - images).square().mean() < 0.2  # of variance 1
 
 
-@pytest.mark.parametrize("release", [True, False])
-def test_the_teacher_sees_the_students_grid(pictures, tmp_path, release):
-    """As many patches as the student, and normalized with ImageNet's mean and std if it is a release."""
+@pytest.mark.parametrize("kind", ["DINOv2", "timm", "own", "own, which does not tell"])
+def test_the_teacher_sees_the_students_grid(pictures, tmp_path, kind):
+    """As many patches as the student, and images normalized as in the teacher's own training."""
     state = random_teacher(tmp_path)
     path = tmp_path / "dino.pth"
     dataset = data.load(str(pictures))
-    if not release:
-        path = tmp_path / "checkpoint.pt"
+    mean = torch.tensor([0.485, 0.456, 0.406])
+    std = torch.tensor([0.229, 0.224, 0.225])
+    if kind != "DINOv2":
+        path = tmp_path / "other.pt"
         state = {k: v for k, v in state.items() if "gamma" not in k}
+    if kind == "timm":
+        torch.save(state | {"head.weight": torch.ones(5, 192), "head.bias": torch.ones(5)}, path)
+        mean = torch.full((3,), 0.5)
+        std = torch.full((3,), 0.5)
+    elif kind == "own":
+        mean = torch.tensor([0.1, 0.2, 0.3])
+        std = torch.tensor([0.4, 0.5, 0.6])
+        args = dict(heads=3, mean=mean.tolist(), std=std.tolist())
+        data.save_checkpoint(path, script="vit", model=state, args=args)
+    elif kind != "DINOv2":
+        mean = dataset.mean
+        std = dataset.std
         data.save_checkpoint(path, script="vit", model=state, args=dict(heads=3))
     teacher = Teacher.from_pretrained(path)
     seen = []
@@ -581,11 +595,6 @@ def test_the_teacher_sees_the_students_grid(pictures, tmp_path, release):
     z = repa.teacher_tokens(teacher, dataset, images, grid=4, amp=data.autocast("cpu", "fp32"))
     assert z.shape == (3, 16, 192) and z.dtype == torch.float16 and seen[0].shape == (3, 16, 588)
     assert (z.float().norm(dim=-1) - 1).abs().max() < 1e-2
-    mean = torch.tensor([0.485, 0.456, 0.406])
-    std = torch.tensor([0.229, 0.224, 0.225])
-    if not release:
-        mean = dataset.mean
-        std = dataset.std
     expected = (images.float().mean((2, 3)) / 255 - mean) / std
     assert (seen[0].reshape(3, -1, 3).mean(1) - expected).abs().max() < 0.05
 
