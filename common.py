@@ -3,7 +3,7 @@
 Letters, here and in every script: B images in a batch, N tokens, D width, h heads, d = D / h the
 width of a head, P patch side, K classes (iGPT: colors; I-JEPA: patches of a target). Images are
 (B, 3, H, W), sequences are (B, N, D): a token is a row here and a column on the slides. "To copy
-this, also copy: ..." leaves out one thing: reading files, and UserError, come from data.py.
+this, also copy: ..." names all that is needed, except for UserError and reading files (data.py).
 """
 
 import math

@@ -15,7 +15,7 @@ Default run, seed 0: accuracy of a linear probe 0.752 (untrained network 0.305, 
 Differences from the paper:
 1. norm is `center_targets`: in so short a run, LayerNorm's targets teach little (probe 0.328).
 2. Masked: blocks of 2 x 2 patches, 60 % of the image, all predicted together; context: the rest.
-   After 1,200 steps, probe 0.622; with the paper's masks 0.425.
+   In a shorter run, of 1,200 steps: probe 0.622, with the paper's masks 0.425.
 3. MAE's initial weights, larger for patches; constant weight decay; no crops; clipped gradients.
 """
 
@@ -200,7 +200,7 @@ class IJEPA(nn.Module):
         with data.errors_become(f"{path}: does not hold an I-JEPA"):
             state, sizes = data.read_jepa(path, heads=heads, predictor_heads=predictor_heads)
             model = cls(**sizes)
-            if not any(name.startswith("predictor.") for name in state):  # then keep the new one
+            if not any(name.startswith("predictor.") for name in state):  # keep that of `model`
                 for name, tensor in model.predictor.state_dict().items():
                     state[f"predictor.{name}"] = tensor
             model.load_state_dict(state)
@@ -471,7 +471,7 @@ def parse_args(argv=None):
                type=number(int, 1, 65536))
     parser.add("--predictor-depth", None, "The predictor's layers, if not as many as in --size.",
                type=number(int, 1, 65536))
-    args = data.parse(parser, "jepa", SIZES, argv)
+    args = data.parse(parser, "jepa", SIZES, argv)  # --size fills in what is None
     if args.masking is None:
         args.masking = "blocks" if args.size == "tiny" else "multiblock"
     for folder in args.compare:

@@ -87,8 +87,8 @@ class MAE(nn.Module):
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
-        self.patch_embed.proj.reset_parameters()  # for the bias: as PyTorch draws it
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # a view: (D, 3*P*P)
+        self.patch_embed.proj.reset_parameters()  # its bias: as PyTorch draws it
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # (D, 3, P, P) as a matrix
         nn.init.normal_(self.cls_token, std=0.02)
         self.pos_embed[0, 1:] = sincos_2d(self.pos_embed.shape[2], self.grid)
         if self.has_decoder:

@@ -155,7 +155,7 @@ class SiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        # As if it were the matrix (D, C*P*P) of a Linear layer. flatten gives a view, no copy.
+        # PatchEmbed's weight, (D, C, P, P), as the matrix (D, C*P*P) of a Linear layer.
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
@@ -253,7 +253,8 @@ class SiT(nn.Module):
     def from_pretrained(cls, path, heads=None, sit_time=None):
         """From this script's file, REPA's last.pt, a checkpoint of REPA's train.py, or SiT's
         SiT-XL-2-256.pt; else UserError. Averaged weights are taken if the file has them.
-        sit_time=None: True if the model also predicts a variance, as SiT's does (not used here).
+        sit_time=None: the file decides. SiT's model also predicts a variance (which is left out
+        here), REPA's does not: so this tells them apart.
         heads=None: as in the file; for released files, as in the paper's model of this width."""
         with data.errors_become(f"{path}: does not hold a SiT"):
             state, sizes = data.read_sit(path, heads=heads, sit_time=sit_time)
@@ -327,8 +328,8 @@ def sample_sde(model, noise, y, steps=50, cfg=1.0, interval=(0, 1), generator=No
     """
     # The score, d log p(x_t) / d x_t, points to where x_t is more likely. For a given image, x_t is
     # normal with mean (1 - t) image and std t, so the score is -(x_t - (1 - t) image) / t^2, which
-    # is -n / t for the noise n in x_t. For all images together, n is its mean over those that x_t
-    # may come from, and the model's velocity tells this mean:
+    # is -n / t for the noise n in x_t. In truth, x_t can come from many images: then take the mean
+    # of their n. The model's v is the mean of their velocities, so it tells this, too:
     #     x_t = (1 - t) image + t n  and  v = n - image  give  n = x_t + (1 - t) v.
     # `sample` steps by dt v. If steps are small, x gets the same distribution, for any w, by a step
     # dt (v - w / 2 * score), which also goes up the score (dt < 0), and noise of variance w |dt|
@@ -552,8 +553,8 @@ def frechet_scores(model, dataset, args, amp):
 
 def probe_by_block(model, dataset, amp):
     """The paper's curve, [(block, accuracy of a linear probe)]. The probe is trained on four fifths
-    of at most 5000 training images, and tested on the last fifth. The default teacher has seen its
-    labels, too; but with test images, the accuracies of seeds 1 and 2 change by at most 0.014."""
+    of at most 5000 training images, and tested on the last fifth. The default teacher knows their
+    labels. If test images are used instead, accuracies change by at most 0.014 (seeds 1, 2)."""
     images = dataset.train_images[:5000]
     y = dataset.train_labels[:5000]
     split = len(y) - len(y) // 5  # the first image that the probe does not learn from
@@ -614,7 +615,8 @@ def parse_args(argv=None):
     parser.add("--teacher-steps", 300, "The training steps of that small ViT.", type=count)
     parser.add("--times", "lognormal", "How training draws the times; uniform is the paper's.",
                choices=["uniform", "lognormal"])
-    parser.add("--label-dropout", 0.1, "The share of null labels in training; 1: no labels at all.",
+    parser.add("--label-dropout", 0.1, "The share of null labels in training; 1: no labels at all. "
+               "With 0, the null class is not trained, but guidance and probes need it.",
                type=share)
     parser.add("--ema", 0.995, "The decay of the averaged weights, which are scored. It grows from "
                "0.1 up to this.", type=share)
