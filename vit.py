@@ -19,7 +19,7 @@ network: 0.302, on raw pixels: 0.326). README says how many minutes it takes on 
 Differences from the paper:
 1. The learned position table starts as MAE's fixed sin-cos table of rows and columns, so it need
    not learn what is near what. With small random numbers as the start, as in the authors' code,
-   the accuracy stays at chance for the first tens of thousands of training images.
+   a run of 600 steps has an accuracy of 0.328, not 0.571 (raw pixels 0.326).
 2. Shift in place of random crops, label smoothing, weight decay 0.05, on matrices alone.
 3. No dropout anywhere, and the head is one linear layer, as in later recipes (DeiT, MAE).
 """
