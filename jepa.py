@@ -226,7 +226,7 @@ def center_targets(h):
 
 def multiblock_masks(B, grid, number=4, scale=(0.15, 0.2), aspect=(0.75, 1.5), min_keep=4):
     """The paper's masks of grid x grid patches: `number` target blocks, and as context a large
-    block without the targets, of at least min_keep patches
+    block without the targets, of at least min_keep patches (authors: 10)
     -> context_idx (B, n), target_idx (number, B, K), int64. UserError if they do not fit.
 
     The authors' code differs: it never uses the last row and column, one random number decides both
