@@ -75,6 +75,13 @@ def loss_falls(folder):
     return losses[-1] < losses[0]
 
 
+def mark(path):
+    """Writes 1e6 seconds into a checkpoint's scores: only a run that goes on from it has more."""
+    checkpoint = data.load_checkpoint(path)
+    checkpoint["scores"]["seconds"] = 1e6
+    data.save_checkpoint(path, **checkpoint)
+
+
 def read_png(path):
     """A decoder for what save_png writes, with every checksum verified."""
     raw = path.read_bytes()
@@ -157,10 +164,7 @@ def same_run(tmp_path):
             error = run.communicate(timeout=600)[1]
             if how == signal.SIGINT and run.returncode:
                 assert run.returncode == 130 and "Traceback" not in error and "interrupted" in error
-        # A run that began anew would give the same bits, too: a mark in the scores shows that it went on.
-        kept = data.load_checkpoint(path)
-        kept["scores"]["seconds"] = 1e6
-        data.save_checkpoint(path, **kept)
+        mark(path)  # a run that began anew would give the same bits, too
         module.train(module.parse_args(["--out", str(path.parent), "--resume"]))  # with the stored options
         assert not difference(tmp_path / "whole", path.parent)
         assert data.load_checkpoint(tmp_path / "whole" / "checkpoint.pt")["scores"]["seconds"] > 0

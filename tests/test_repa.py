@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, difference, loss_falls, transformer
+from conftest import ROOT, difference, loss_falls, mark, transformer
 
 import data
 import mae
@@ -861,9 +861,7 @@ def test_a_run_is_resumed_after_its_folder_was_moved(unscored, pictures, tmp_pat
     (tmp_path / "old").rename(tmp_path / "new")
     before = (tmp_path / "new" / "teacher.pt").read_bytes()
     resumed = ["--resume", "--out", str(tmp_path / "new"), "--steps", "9", "--teacher-steps", "1"]
-    kept = data.load_checkpoint(tmp_path / "new" / "checkpoint.pt")
-    kept["scores"]["seconds"] = 1e6  # a mark: a run that began anew would not have it
-    data.save_checkpoint(tmp_path / "new" / "checkpoint.pt", **kept)
+    mark(tmp_path / "new" / "checkpoint.pt")
     scores = repa.train(repa.parse_args(resumed))
     assert scores["images_seen"] == 9 * 16 and scores["teacher_seconds"] > 0 and scores["seconds"] > 1e6
     assert (tmp_path / "new" / "teacher.pt").read_bytes() == before and not (tmp_path / "old").exists()
