@@ -12,16 +12,16 @@ Then a sentence is a classifier: an image belongs to the class whose prompt is m
     python clip.py --image-encoder resnet --out out/resnet --compare out/clip
     python clip.py --load ViT-B-32.pt --tokenizer bpe_simple_vocab_16e6.txt.gz --data cifar10
 
-Default run, seed 0, float32, zero-shot accuracy, each of 80 pairs of color and shape a class: 0.957
-on test images of pairs that training captions name, 0.858 on the other pairs (chance 0.013). Linear
-probe 0.993 (untrained 0.363, raw pixels 0.326). README says how long it takes.
+Default run, seed 0, float32. Zero-shot: the 80 pairs of a color and a shape are the classes; the
+accuracy is 0.957 on test images of pairs that training captions name, 0.858 on the other pairs
+(chance 0.013). A linear probe tells the shape: 0.993 (untrained 0.363, raw pixels 0.326).
 
 Differences from the paper:
 1. Small encoders and batches, a tokenizer learned from the captions, CBOW for the text: all faster.
    Initial std: text tokens 0.5 (their code: 0.02), positions 0.1 (0.01); the ViT as in vit.py.
 2. Random shift and mirroring (left and right exchanged in the caption), no random crops.
 3. Learning rate 1e-3 (paper: 5e-4), weight decay 0.05 (0.2), gradients clipped at norm 1.
-4. `bow`, `caption`: our reading, as no details are published; the log p of prompts classifies.
+4. `bow`, `caption`: ours, as no details are published; the prompt with the highest log p wins.
 """
 
 import collections
@@ -59,12 +59,13 @@ class ImageTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(dim))
         self.pos_embed = nn.Parameter(torch.zeros(1 + self.grid**2, dim))  # row 0: class token
         self.norm_pre = LayerNorm(dim, eps=1e-5)
-        self.blocks = transformer_layers(dim, depth, heads, is_quick=quick_gelu)
+        self.blocks = transformer_layers(dim, depth, heads, is_quick=quick_gelu)  # True or False
         self.norm = LayerNorm(dim, eps=1e-5)
 
     @torch.no_grad()
     def init_weights(self):
-        """CLIP.init_weights calls it. Layers: Xavier, so std sqrt(2 / (inputs + outputs))."""
+        """CLIP.init_weights calls it. The layers (the loop below): Xavier's std, which is
+        sqrt(2 / (inputs + outputs))."""
         P = self.patch_size
         dim = len(self.cls_token)
         nn.init.normal_(self.patch_embed.proj.weight, std=(3 * P**2) ** -0.5)
@@ -222,7 +223,8 @@ class CLIP(nn.Module):
         else:
             raise ValueError(f"text_encoder must be 'transformer' or 'cbow', not {text_encoder!r}")
         self.W_t = nn.Linear(text_dim, embed_dim, bias=False)
-        self.t = nn.Parameter(torch.tensor(0.0))  # the logarithm of 1 / temperature
+        # The slide calls t the temperature, but multiplies by e^t: so t is log(1 / temperature).
+        self.t = nn.Parameter(torch.tensor(0.0))
         self.init_weights()
 
     @torch.no_grad()
@@ -317,7 +319,8 @@ def tokenize_prompts(tokenizer, names, templates):
 def zero_shot(model, dataset, parts, prompts, amp, limit=None):
     """Slide "Zero-Shot", (3): the accuracy on the first `limit` images of each part.
 
-    prompts (K, M, 77). parts: {"seen": (images, targets), ...}, see data.zero_shot_task.
+    prompts (K, M, 77). parts: {"seen": (images, targets), ...}, see data.zero_shot_task. amp: the
+    context, made by data.autocast, in which the model computes.
     To copy this, also copy: data.extract.
     """
     with torch.no_grad(), amp:
@@ -343,7 +346,8 @@ WORD = (r"<\|startoftext\|>|<\|endoftext\|>|(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
 
 @functools.lru_cache
 def bytes_to_symbols():
-    """Each of the 256 bytes -> the character that stands for it in tokens, in the order of ids.
+    """Each of the 256 bytes -> the character that stands for it in tokens. The order of this dict
+    gives the ids: its first entry has id 0.
 
     The vocabulary is a text file with spaces between symbols, so no symbol may be a space or
     another character that does not print. Most bytes are printed as themselves: 97 as "a". They
@@ -386,8 +390,9 @@ class Tokenizer:
     the pairs of neighbors that are frequent are joined again. A frequent word becomes one token.
 
     Ids, in this order: 256 bytes; 256 bytes at the end of a word; one for each merge; [SOS]; [EOS].
-    With OpenAI's merges, the ids are those of OpenAI's tokenizer, except for the character U+0345,
-    characters newer than Python's tables, and wrongly decoded text, which OpenAI's repairs (ftfy).
+    With OpenAI's merges, the ids are those of OpenAI's tokenizer, with rare exceptions: U+0345,
+    characters newer than this Python's Unicode tables, and wrongly decoded text, which OpenAI's
+    tokenizer repairs first (with the package ftfy).
     To copy this, also copy: SOS, EOS, WORD, bytes_to_symbols, symbols, merge, data.clean_text,
     data.cleaning_table, data.resolve_entity, data.upper_case_entities, data.unicode_class.
     """
@@ -517,7 +522,8 @@ def evaluate(model, dataset, parts, prompts, args, amp):
 @torch.no_grad()
 def draw_prompts(model, dataset, names, parts, prompts, out, amp):
     """prompts.png: images, and to the right of each one bars for its five likeliest classes: green
-    is the correct one, red are the others. Prints their names, as the slide "Examples"."""
+    is the correct one, red are the others. Prints their names and the correct one's rank, as on the
+    slide "Examples"."""
     images = []
     targets = []
     for part_images, part_targets in parts.values():
@@ -615,7 +621,8 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Images (B, 3, H, H), normalized -> I_f (B, 4 * dim), by attention in place of a mean.
+    """Images (B, 3, H, H), normalized -> I_f (B, 4 * dim). A usual ResNet ends with the mean over
+    all positions; in CLIP's, a layer of attention decides what each position counts.
 
     depth: the number of layers in each stage, (3, 4, 6, 3) for RN50; a single number is divided
     among two stages. dim: the inner width of the last stage, whose output has 4 * dim. Each earlier
@@ -631,8 +638,8 @@ class ResNet(nn.Module):
         # Sides shrink by this factor: 4 in the stem, and 2 in each stage but the first.
         self.patch_size = 2 ** (number + 1)
         self.grid = image_size // self.patch_size
-        # 4 * dim must be a multiple of 64, the width of a head in the attention. The stem has half
-        # the width of the first stage, dim / 2^(number - 1).
+        # 4 * dim must be a multiple of 64, the width of a head in the attention. The first stage is
+        # dim / 2^(number - 1) wide, and the stem half of this: so 2^number must divide dim.
         if image_size % self.patch_size or dim % 16 or dim % 2**number or min(depth) == 0:
             raise UserError(f"a ResNet of {number} stages needs --image-size divisible by "
                             f"{self.patch_size}, --dim by 16, --depth of at least 2")
@@ -690,7 +697,7 @@ class ResNet(nn.Module):
 class BagOfWords(nn.Module):
     """From the image, predict which tokens are in its caption, in whatever order.
 
-    clip: its image encoder is trained. V is the number of tokens in the vocabulary.
+    clip: a CLIP; its image encoder is trained. V is the number of tokens in the vocabulary.
     To copy this, also copy: eos_position.
     """
 
@@ -732,7 +739,7 @@ class BagOfWords(nn.Module):
 class Captioner(nn.Module):
     """Write the caption, token by token; the image becomes four tokens in front of [SOS].
 
-    clip: both of its encoders are trained; the text encoder, a TextTransformer, writes.
+    clip: a CLIP; both of its encoders are trained. The text encoder, a TextTransformer, writes.
     To copy this, also copy: eos_position.
     """
 
@@ -790,12 +797,12 @@ def paper_size(encoder, patch_size, dim, depth, text_dim, embed_dim, image_size=
     """A row of the paper's table: 12 layers of text, and heads of width 64. (A ResNet ignores
     `heads`: those of its attention pooling have that width by themselves.)"""
     return dict(image_encoder=encoder, image_size=image_size, patch_size=patch_size, dim=dim,
-                depth=depth, heads=dim // 64, text_dim=text_dim, text_depth=12,
-                text_heads=text_dim // 64, embed_dim=embed_dim)
+                depth=depth, heads=dim // 64, text_encoder="transformer", text_dim=text_dim,
+                text_depth=12, text_heads=text_dim // 64, embed_dim=embed_dim)
 
 
 SIZES = {  # all but tiny are the paper's; patch_size of a ResNet: how much it shrinks an image
-    "tiny": dict(image_encoder="vit", patch_size=4, dim=128, depth=4, heads=4,
+    "tiny": dict(image_encoder="vit", patch_size=4, dim=128, depth=4, heads=4, text_encoder="cbow",
                  text_dim=128, text_depth=2, text_heads=4, embed_dim=512),
     "B/32": paper_size("vit", 32, dim=768, depth=12, text_dim=512, embed_dim=512),
     "B/16": paper_size("vit", 16, dim=768, depth=12, text_dim=512, embed_dim=512),
@@ -829,9 +836,9 @@ def parse_args(argv=None):
                choices=["contrastive", "bow", "caption"])
     parser.add("--image-encoder", None, "The image encoder, if not that of --size.",
                choices=["vit", "resnet"])
-    parser.add("--text-encoder", "cbow", "The text encoder; cbow: the mean of the tokens' vectors. "
-               "With --objective caption it is always the transformer.",
-               choices=["transformer", "cbow"])
+    parser.add("--text-encoder", None, "The text encoder, if not that of --size: cbow (the mean of "
+               "the tokens' vectors) for tiny, transformer for the others and for --objective "
+               "caption.", choices=["transformer", "cbow"])
     parser.add("--embed-dim", None, "The width of the joint embedding, if not that of --size.",
                type=positive)
     parser.add("--text-dim", None, "The width of the text encoder, if not that of --size.",
@@ -907,7 +914,8 @@ def pick_tokenizer(args, dataset):
 def left_and_right(tokenizer, captions):
     """The tokens of "left" and "right", for `mirror`.
 
-    (-1, -1), which are no tokens, if no caption has these words: there is nothing to exchange.
+    (-1, -1), which are no tokens, if no caption has these words, not even inside another word:
+    there is nothing to exchange.
     (None, None) if one of them has several tokens and cannot be exchanged: do not mirror at all.
     """
     if not any(word in caption.lower() for caption in captions for word in ("left", "right")):
@@ -929,7 +937,7 @@ def mirror(images, ids, left, right):
     is_mirrored = torch.rand(len(images), device=images.device) < 0.5
     images = torch.where(is_mirrored[:, None, None, None], images.flip(3), images)
     exchanged = torch.where(ids == left, right, ids)
-    exchanged = torch.where(ids == right, left, exchanged)  # not those of the line above
+    exchanged = torch.where(ids == right, left, exchanged)  # ids: as it was before the line above
     return images, torch.where(is_mirrored[:, None], exchanged, ids)
 
 
@@ -1005,7 +1013,7 @@ def train(args):
             images = data.augment(images, pad=pad, flip=False)
         images = dataset.normalize(images)
         with amp:
-            loss, logits = loss_function(images, ids)
+            loss, _ = loss_function(images, ids)
         optimizer.zero_grad()
         loss.backward()
         # One bad batch can give a huge gradient: scale all gradients down if their norm exceeds 1.

@@ -386,7 +386,7 @@ def draw_predictions(model, dataset, out, args, amp):
     torch.manual_seed(args.seed)
     context_idx, target_idx = sample_masks(args.masking, len(images), grid, images.device)
     with amp:
-        loss, predictions = model.loss(images, context_idx, target_idx)
+        _, predictions = model.loss(images, context_idx, target_idx)
         h = model.target_encoder(torch.cat([images, others])).float()  # (508, N, D)
     h = center_targets(h) if model.center else F.layer_norm(h, h.shape[-1:])
     truth = h[:len(images)]

@@ -1,7 +1,7 @@
 """Vision Transformer (ViT): "An Image is Worth 16x16 Words", Dosovitskiy et al. 2021, 2010.11929.
 
 Cut an image into patches and make each patch a token by one linear map: the rest is a Transformer
-encoder that knows nothing about images. What a convolution has built in (neighbors matter, a
+encoder that is not made for images. What a convolution has built in (neighbors matter, a
 shifted object is the same object), it must learn from labeled examples, so it needs many of them.
 
     loss = cross_entropy(head(class token of norm(blocks([class; patches E] + positions))), label)
@@ -65,8 +65,9 @@ class ViT(nn.Module):
         self.init_weights()
 
     def set_head(self, num_classes):
-        """A new head, all zero: the first loss is then log K exactly. (In a last layer, zeros do
-        no harm: its gradient is not zero.) 0 classes: no head."""
+        """A new head, all zero: the first loss is then log K exactly. (Its gradient is made of the
+        features, so it is not zero. The layers below get none in the first step alone.) 0 classes:
+        no head."""
         self.num_classes = num_classes
         self.head = nn.Identity()
         if num_classes > 0:
@@ -112,10 +113,11 @@ class ViT(nn.Module):
         # 1. Divide image into P x P patches.
         # 2. Create sequence of length N = HW / P^2.
         # 3. Flatten the patches ...
-        x = patchify(images, self.patch_size)  # (B, N, P*P*3)
+        x = patchify(images, self.patch_size)  # (B, N, P*P*3): 16 * 16 * 3 = 768 for P = 16
         # ... and map to D dimensions with a trainable linear projection.
         x = self.patch_embed(x)  # (B, N, D)
-        # 4. Add a learned 1-D position embedding: a table with a row for each place.
+        # 4. Add a learned 1-D position embedding: a table with a row for each index of a sequence.
+        # (Only its start, difference 1, knows which patch lies above which.)
         x = x + self.pos_embed[:, self.extra:]
         # 5. Include a learnable [class] embedding. It has a position embedding, too.
         if self.cls_token is not None:
@@ -149,8 +151,8 @@ class ViT(nn.Module):
     def adapt(self, num_classes=None, image_size=None):
         """For fine-tuning (section 3.2). num_classes: a new head. image_size: the position table is
         interpolated to the new number of patches (bicubic, as in timm; Google's code: bilinear);
-        UserError if patches do not divide image_size. Class token and last norm stay, MAE's, too:
-        its authors fine-tune with the mean of the patches and a new norm."""
+        UserError if patches do not divide image_size. The class token and the last norm are kept,
+        also those of MAE (whose authors fine-tune with the mean of the patches and a new norm)."""
         if image_size is not None:
             if image_size % self.patch_size:
                 raise UserError(f"patches of {self.patch_size} pixels do not divide images of "
@@ -165,8 +167,8 @@ class ViT(nn.Module):
     def from_pretrained(cls, path, num_classes=None, image_size=None, heads=None):
         """From a vit, mae or jepa checkpoint of this repository, or a file of timm (state dict),
         Google (.npz), MAE, I-JEPA (target encoder) or DINOv2; else UserError. num_classes and
-        image_size: see `adapt`. heads: the released files do not show their number; None: as in
-        the released model of this width."""
+        image_size: see `adapt`. heads: the number of attention heads, which a released file does
+        not store; None: that of the released model with this D."""
         with data.errors_become(f"{path}: does not hold a ViT encoder"):
             state, sizes = data.read_encoder(path, heads=heads)
             model = cls(**sizes)
@@ -192,7 +194,7 @@ def attention_maps(model, images):
 
 def attention_distance(maps, patch_size):
     """Figure 7 right: the mean distance in pixels from a patch to all patches, weighted by how much
-    it attends to each, (layers, h)."""
+    it attends to each; (layers, B, h, 1 + N, 1 + N) -> (layers, h)."""
     n = math.isqrt(maps.shape[-1])  # the side of the grid: isqrt of n^2 and of 1 + n^2 is n
     # Leave out the class token, which is nowhere in the image. Scale the rest to the sum 1 again.
     maps = maps[..., -n * n:, -n * n:]
@@ -205,7 +207,8 @@ def attention_distance(maps, patch_size):
 
 def rollout(maps):
     """Attention rollout (Abnar and Zuidema 2020): how much of each patch reaches the features,
-    (layers, B, h, 1 + N, 1 + N) -> (B, 1, n, n); the largest number of an image is 1."""
+    (layers, B, h, 1 + N, 1 + N) -> (B, 1, n, n), one number for each patch of the n x n grid; the
+    largest of an image is 1."""
     identity = torch.eye(maps.shape[-1], device=maps.device)
     flow = identity  # flow[i, j]: how much of the first layer's token j is in token i
     for layer in maps.mean(dim=2):  # the heads' mean, (B, 1 + N, 1 + N)
@@ -230,7 +233,8 @@ def stretch(images):
 
 @torch.no_grad()
 def draw_filters(model, out):
-    """Figure 7 left: the first principal components of the D filters of the patch embedding."""
+    """Figure 7 left: the first 28 principal components, as there, of the D filters of the patch
+    embedding. (A filter is the weights that make one number of a token from the pixels.)"""
     weight = model.patch_embed.proj.weight  # (D, 3, P, P)
     filters = (weight - weight.mean(dim=0)).flatten(1)
     components = torch.linalg.svd(filters, full_matrices=False).Vh  # one a row, (.., 3*P*P)
@@ -242,8 +246,8 @@ def draw_filters(model, out):
 def draw_positions(model, out):
     """Figure 7 center: one tile for each patch, the cosine similarity of its position embedding
     with those of all patches. In the paper's figure, training has made the rows and columns that
-    one sees; here they are there from the start (difference 1). What all rows of the table have in
-    common, their mean, is subtracted first."""
+    one sees; here they are there from the start (difference 1). The mean embedding is subtracted
+    first: what all embeddings have in common would make them all similar."""
     table = model.pos_embed[0, model.extra:]  # (N, D)
     table = F.normalize(table - table.mean(dim=0), dim=1)
     similarity = table @ table.T  # (N, N)
@@ -267,7 +271,8 @@ def draw_attention_distance(model, dataset, out):
 
 
 def draw_rollout(model, dataset, out):
-    """Eight test images; below them the same: the darker, the less of it reaches the features."""
+    """Eight test images; below each, the same image, darker where less of it reaches the
+    features."""
     images = dataset.test_images[:8]
     light = rollout(attention_maps(model, dataset.normalize(images)))  # (8, 1, n, n)
     # From one number a patch to one number a pixel.
@@ -293,7 +298,9 @@ def score_classifier(classifier, dataset, amp):
 
 # ---------------------------------------------------------------------------------------- training
 
-SIZES = {  # B, L and H are the paper's; Ti and S come from DeiT; tiny is ours, for small images
+# B, L and H are the paper's; Ti and S come from DeiT; tiny is ours, for small images. The slide's
+# "MLP size" is 4 dim in all.
+SIZES = {
     "tiny": dict(patch_size=4, dim=128, depth=4, heads=4),
     "Ti": dict(patch_size=16, dim=192, depth=12, heads=3),
     "S": dict(patch_size=16, dim=384, depth=12, heads=6),
@@ -321,7 +328,7 @@ def parse_args(argv=None):
     parser.add("--init", None, "Fine-tune this vit, mae, jepa or released file with a new head.")
     parser.add("--normalize", None, "How images of --load or --init are normalized. half: mean and "
                "std 0.5; imagenet, openai: ImageNet's, CLIP's. Without it, they are chosen from "
-               "the file. For DeiT's files, say imagenet; for ViTs without a head, mostly half.",
+               "the file. For DeiT's files, say imagenet; for a ViT without a head, usually half.",
                choices=list(data.NORMALIZE))
     parser.add("--layer-decay", 1.0, "Each layer's learning rate is this factor times that of the "
                "next layer, nearer to the output; 1: all are equal.", type=number(float, 0, 1))
@@ -364,7 +371,7 @@ def layer_groups(model, args):
 
 
 def build(args):
-    """A new model with the sizes in the options."""
+    """A new model with the sizes in the options. (open_data has put class_names into args.)"""
     return ViT(image_size=args.image_size, patch_size=args.patch_size,
                dim=args.dim, depth=args.depth, heads=args.heads,
                num_classes=len(args.class_names))
@@ -376,8 +383,8 @@ def read_model(args):
     path = args.load or args.init
     checkpoint = pathlib.Path(args.out) / "checkpoint.pt"
     if args.init and args.resume and checkpoint.exists():
-        # The weights do not matter now, as data.resume loads them. All else this run's own
-        # checkpoint tells, too; --init's file may be gone by now.
+        # Read this run's own checkpoint: it has the same sizes and the same normalization, and the
+        # file of --init may be gone by now. (data.resume loads the weights, later.)
         path = checkpoint
     model = ViT.from_pretrained(path)
     args.patch_size = model.patch_size
@@ -444,7 +451,7 @@ def train(args):
             images, targets = data.mixup_or_cutmix(images, F.one_hot(targets, K).float())
             images = data.random_erasing(images)
         with amp:
-            loss, logits = loss_function(images, targets, args.label_smoothing)
+            loss, _ = loss_function(images, targets, args.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
         # One bad batch can give a huge gradient: scale all gradients down if their norm exceeds 1.
@@ -460,7 +467,8 @@ def train(args):
 
     # Scores and pictures.
     model.eval()
-    # A file of --load may have no head, or one for other classes; else there is always an accuracy.
+    # A trained model always has an accuracy; a file of --load may have no head, or one for other
+    # classes.
     if model.num_classes == K and data.has_classes(args.load, dataset):
         scores["accuracy"] = score_classifier(model, dataset, amp)
     if args.train_images:

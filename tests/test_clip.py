@@ -33,6 +33,15 @@ def test_parameter_counts(monkeypatch, size, total, visual):
     assert model.text_encoder.blocks[0].attn.heads == sizes["text_dim"] // 64 and len(model.text_encoder.blocks) == 12
 
 
+def test_each_size_has_the_text_encoder_of_its_paper():
+    for size in clip.SIZES:
+        expected = "cbow" if size == "tiny" else "transformer"  # the paper's are all Transformers
+        assert clip.parse_args(["--size", size]).text_encoder == expected
+    assert clip.parse_args(["--size", "B/32", "--text-encoder", "cbow"]).text_encoder == "cbow"
+    assert clip.parse_args(["--text-encoder", "transformer"]).text_encoder == "transformer"
+    assert clip.parse_args(["--objective", "caption"]).text_encoder == "transformer"
+
+
 def test_initial_weights():
     """Each matrix by its own std; what is not named here keeps PyTorch's own initialization."""
     d_i = 256
