@@ -66,8 +66,8 @@ class ViT(nn.Module):
 
     def set_head(self, num_classes):
         """A new head, all zero: the first loss is then log K exactly. (Its gradient is made of the
-        features, so it is not zero. The layers below get none in the first step alone.) 0 classes:
-        no head."""
+        features, so it is not zero. Only in the first step do the layers below get none.)
+        0 classes: no head."""
         self.num_classes = num_classes
         self.head = nn.Identity()
         if num_classes > 0:
