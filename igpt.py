@@ -507,7 +507,7 @@ def train(args):
         if args.objective == "bert":
             keep = random_keep(tokens)
         with amp:
-            loss, class_logits = loss_function(tokens, labels, keep)
+            loss, _ = loss_function(tokens, labels, keep)
         optimizer.zero_grad()
         loss.backward()
         # One bad batch can give a huge gradient: scale all gradients down if their norm exceeds 1.

@@ -207,7 +207,7 @@ def draw_reconstructions(model, dataset, out, args, amp):
     images = dataset.normalize(dataset.test_images[:16])
     torch.manual_seed(args.seed)
     with amp:
-        loss, pred, mask = model(images, args.mask_ratio)
+        _, pred, mask = model(images, args.mask_ratio)
     pred = pred.float()
     if model.norm_pix:
         mean, std = model.patch_statistics(patchify(images, P))
@@ -327,7 +327,7 @@ def train(args):
             images = data.augment(images)
         images = dataset.normalize(images)
         with amp:
-            loss, pred, mask = forward(images, args.mask_ratio)
+            loss, _, _ = forward(images, args.mask_ratio)
         optimizer.zero_grad()
         loss.backward()
         # One bad batch can give a huge gradient: scale all gradients down if their norm exceeds 1.

@@ -644,7 +644,8 @@ def learning_rate(step, args):
 
 
 def build(args, teacher_dim):
-    """A new model with the sizes in the options; teacher_dim=0: without a projector."""
+    """A new model with the sizes in the options; teacher_dim=0: without a projector. (open_data has
+    put class_names into args.)"""
     return SiT(image_size=args.image_size, patch_size=args.patch_size,
                dim=args.dim, depth=args.depth, heads=args.heads,
                num_classes=len(args.class_names), align_depth=args.align_depth,
