@@ -22,7 +22,6 @@ import torch
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
-import mae  # noqa: E402
 import vit  # noqa: E402
 
 # About 3 million parameters: patches of 4, so 64 tokens of an image of 32 x 32 pixels.
@@ -70,53 +69,76 @@ SHOWN = ["accuracy", "probe", "probe_last_four", "knn", "nats_per_pixel", "probe
 # --------------------------------------------------------------------------------------------- the loop's speed
 
 
-def images_per_second(script, batch_size, mode, check_every, device, seconds=4.0):
-    """Training steps of the default model on random images: forward, backward, clip, AdamW. mode: None, or one of
-    torch.compile; check_every: the loss is read (and the GPU waited for) every so many steps."""
-    torch.manual_seed(0)
-    model = {"vit": vit.ViT, "mae": mae.MAE}[script]().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda")
-    images = torch.randn(batch_size, 3, 32, 32, device=device)
-    labels = torch.arange(batch_size, device=device) % 10
-    amp = data.autocast(device)
+class Loop:
+    """The training loop of vit.py, at its default size, on any data set and batch.
 
-    def loss_function(images):
-        if script == "vit":
-            return model.loss(images, labels)[0]
-        return model(images)[0]
+    number_format: "bf16", or "fp16" with a scaler of the loss, for GPUs without bfloat16 units.
+    """
 
-    if mode is not None:
-        loss_function = torch.compile(loss_function, mode=mode)
-    done = 0
-    began = None
-    while began is None or time.perf_counter() - began < seconds:
-        for step in range(check_every):
-            with amp:
-                loss = loss_function(images)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-        loss.item()
-        done += check_every
-        if began is None and done >= 20:  # the first steps compile and warm up
-            began = time.perf_counter()
-            done = 0
-    return done * batch_size / (time.perf_counter() - began)
+    def __init__(self, dataset, batch_size, number_format="bf16", compiled=False):
+        device = dataset.mean.device
+        self.dataset = dataset
+        self.batch_size = batch_size
+        torch.manual_seed(0)
+        self.model = vit.ViT(image_size=dataset.image_size, num_classes=len(dataset.class_names)).to(device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=device.type == "cuda")
+        dtype = torch.float16 if number_format == "fp16" else torch.bfloat16
+        self.amp = torch.autocast(device.type, dtype)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=number_format == "fp16")  # else it does nothing
+        if compiled:
+            torch._dynamo.reset()  # forget what was compiled for another batch size
+        self.loss_function = torch.compile(self.model.loss) if compiled else self.model.loss
+        self.done = 0  # steps
+
+    def step(self, is_checked):
+        """is_checked: wait for the loss and the norm of its gradient, as data.Progress.check does in every step."""
+        dataset = self.dataset
+        index = data.batch_index(len(dataset.train_images), self.batch_size, self.done, 0).to(dataset.mean.device)
+        images = dataset.normalize(data.augment(dataset.train_images[index]))
+        with self.amp:
+            loss, _ = self.loss_function(images, dataset.train_labels[index])
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if is_checked:
+            loss.item()
+            norm.item()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.done += 1
+
+    def images_per_second(self, check_every, seconds):
+        self.step(is_checked=True)  # now the GPU has no work left
+        began = time.perf_counter()
+        steps = 0
+        while time.perf_counter() - began < seconds:
+            for number in range(10):
+                self.step(is_checked=number % check_every == 0)
+            steps += 10
+        self.step(is_checked=True)
+        return (steps + 1) * self.batch_size / (time.perf_counter() - began)
 
 
 def measure_loop(options, results):
-    """{"vit, batch 1024, compiled": images/s}, beside the default loop: batch 256, not compiled, a check each step."""
-    device = data.pick_device(options.device)
-    for script in ("vit", "mae"):
-        for batch_size in ((4,) if options.tiny else (256, 1024, 2048)):
-            for mode, check_every in ((None, 1), (None, 10), ("default", 1), ("reduce-overhead", 10)):
-                name = f"loop: {script}, batch {batch_size}, compile {mode}, check every {check_every}"
-                if name in results or (options.tiny and mode is not None):
-                    continue
-                speed = images_per_second(script, batch_size, mode=mode, check_every=check_every, device=device,
-                                          seconds=0.1 if options.tiny else 4.0)
-                keep(options, results, name, {"images_per_second": round(speed)})
+    """Images/s with a check at every step, as in the scripts, and at every tenth one: medians of five, in alternation."""
+    dataset = data.load(options.data, options.data_dir).to(data.pick_device(options.device))
+    for batch_size in ((4,) if options.tiny else (64, 1024)):
+        for number_format, compiled in (("bf16", False), ("bf16", True), ("fp16", False)):
+            name = f"loop: vit, batch {batch_size}, {number_format}{', compiled' if compiled else ''}"
+            if name in results or (options.tiny and number_format == "fp16" and options.device == "cpu"):
+                continue
+            loop = Loop(dataset, batch_size, number_format=number_format, compiled=compiled and not options.tiny)
+            for _ in range(2 if options.tiny else 20):  # compiles, and warms up
+                loop.step(is_checked=True)
+            rates = {1: [], 10: []}
+            for _ in range(5):
+                for check_every in rates:
+                    rates[check_every].append(loop.images_per_second(check_every, 0.1 if options.tiny else 0.8))
+            keep(options, results, name, {
+                "images_per_second": round(statistics.median(rates[1])),
+                "checked_every_ten": round(statistics.median(rates[10])),
+            })
 
 
 # --------------------------------------------------------------------------------------------- the runs
@@ -184,7 +206,8 @@ def print_table(results):
                 value = f"{value:.4f}"
             cells.append(str(value))
         if "images_per_second" in scores:
-            cells[-1] = f"{scores['images_per_second']} images/s"
+            cells[-1] = (f"{scores['images_per_second']} images/s, with a check every ten steps "
+                         f"{scores['checked_every_ten']}")
         print(f"| {name} | " + " | ".join(cells) + " |")
     seeds = [results[name]["accuracy"] for name in ("vit", "vit_1", "vit_2") if name in results]
     if len(seeds) > 1:
