@@ -13,7 +13,7 @@ Then a sentence is a classifier: an image belongs to the class whose prompt is m
     python clip.py --load ViT-B-32.pt --tokenizer bpe_simple_vocab_16e6.txt.gz --data cifar10
 
 Default run, seed 0, float32. Zero-shot: the 80 pairs of a color and a shape are the classes; the
-accuracy is 0.957 on test images of pairs that training captions name, 0.858 on the other pairs
+accuracy is 0.957 on test images of pairs seen in training, 0.858 on pairs that no caption names
 (chance 0.013). A linear probe tells the shape: 0.993 (untrained 0.363, raw pixels 0.326).
 
 Differences from the paper:
@@ -21,7 +21,7 @@ Differences from the paper:
    Initial std: text tokens 0.5 (their code: 0.02), positions 0.1 (0.01); the ViT as in vit.py.
 2. Random shift and mirroring (left and right exchanged in the caption), no random crops.
 3. Learning rate 1e-3 (paper: 5e-4), weight decay 0.05 (0.2), gradients clipped at norm 1.
-4. `bow`, `caption`: ours, as no details are published; the prompt with the highest log p wins.
+4. `bow`, `caption`: ours, as no details are published; the prompt that is likeliest wins.
 """
 
 import collections
@@ -59,7 +59,7 @@ class ImageTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(dim))
         self.pos_embed = nn.Parameter(torch.zeros(1 + self.grid**2, dim))  # row 0: class token
         self.norm_pre = LayerNorm(dim, eps=1e-5)
-        self.blocks = transformer_layers(dim, depth, heads, is_quick=quick_gelu)  # True or False
+        self.blocks = transformer_layers(dim, depth, heads, is_quick=quick_gelu)  # the argument
         self.norm = LayerNorm(dim, eps=1e-5)
 
     @torch.no_grad()
@@ -210,7 +210,7 @@ class CLIP(nn.Module):
             self.W_i = nn.Linear(dim, embed_dim, bias=False)
         elif image_encoder == "resnet":
             self.image_encoder = ResNet(image_size, dim, depth)
-            # ResNet ends in an attention without an output projection: W_i is that, with a bias.
+            # W_i is also the output projection of the attention in ResNet.pool: so it has a bias.
             self.W_i = nn.Linear(4 * dim, embed_dim)
         else:
             raise ValueError(f"image_encoder must be 'vit' or 'resnet', not {image_encoder!r}")
@@ -349,7 +349,7 @@ def bytes_to_symbols():
     """Each of the 256 bytes -> the character that stands for it in tokens. The order of this dict
     gives the ids: its first entry has id 0.
 
-    The vocabulary is a text file with spaces between symbols, so no symbol may be a space or
+    OpenAI's file of the vocabulary has spaces between symbols, so no symbol may be a space or
     another character that does not print. Most bytes are printed as themselves: 97 as "a". They
     come first, so "a" has the id 64. The others take letters from number 256 on: "Ā", "ā", ...
     """
@@ -527,7 +527,7 @@ def draw_prompts(model, dataset, names, parts, prompts, out, amp):
     images = []
     targets = []
     for part_images, part_targets in parts.values():
-        n = 16 // len(parts)  # 16 images in all
+        n = 16 // len(parts)  # about 16 images in all
         images.append(part_images[:n])
         targets += part_targets[:n].tolist()
     images = torch.cat(images)
@@ -660,7 +660,7 @@ class ResNet(nn.Module):
             for _ in range(layers):
                 blocks.append(Bottleneck(channels, width, stride))
                 channels = 4 * width
-                stride = 1
+                stride = 1  # only the first block of a stage has a stride
             stages.append(nn.Sequential(*blocks))
             width = 2 * width
             stride = 2
@@ -756,8 +756,9 @@ class Captioner(nn.Module):
         eos = eos_position(ids)[:, None]  # (B, 1)
         ids = ids[:, :eos.max() + 1]  # (B, N)
         prefix = self.prefix(I_f).unflatten(1, (4, -1))  # (B, 4, D)
+        # Output i predicts token i + 1, so the last token is no input.
         x = self.clip.text_encoder.tokens(ids[:, :-1], prefix)  # (B, N - 1, D)
-        logits = self.head(x).float().transpose(1, 2)  # (B, V, N - 1)
+        logits = self.head(x).float().transpose(1, 2)  # (B, V, N - 1), as cross_entropy wants it
         # reduction="none", no mean: a number for each true token, its -log p, (B, N - 1).
         log_p = -F.cross_entropy(logits, ids[:, 1:], reduction="none")
         position = torch.arange(1, ids.shape[1], device=ids.device)
@@ -837,8 +838,8 @@ def parse_args(argv=None):
     parser.add("--image-encoder", None, "The image encoder, if not that of --size.",
                choices=["vit", "resnet"])
     parser.add("--text-encoder", None, "The text encoder, if not that of --size: cbow (the mean of "
-               "the tokens' vectors) for tiny, transformer for the others and for --objective "
-               "caption.", choices=["transformer", "cbow"])
+               "the tokens' vectors) for tiny, transformer for the others. --objective caption "
+               "always has a transformer.", choices=["transformer", "cbow"])
     parser.add("--embed-dim", None, "The width of the joint embedding, if not that of --size.",
                type=positive)
     parser.add("--text-dim", None, "The width of the text encoder, if not that of --size.",
@@ -912,11 +913,11 @@ def pick_tokenizer(args, dataset):
 
 
 def left_and_right(tokenizer, captions):
-    """The tokens of "left" and "right", for `mirror`.
+    """The tokens of "left" and "right", for `mirror`: it mirrors images, and exchanges these two.
 
-    (-1, -1), which are no tokens, if no caption has these words, not even inside another word:
-    there is nothing to exchange.
-    (None, None) if one of them has several tokens and cannot be exchanged: do not mirror at all.
+    (-1, -1) if no caption has these words, not even inside another word: as this is no token,
+    images are mirrored, and nothing is exchanged.
+    (None, None) if one of them has several tokens and cannot be exchanged: nothing is mirrored.
     """
     if not any(word in caption.lower() for caption in captions for word in ("left", "right")):
         return -1, -1
@@ -930,7 +931,7 @@ def left_and_right(tokenizer, captions):
 def mirror(images, ids, left, right):
     """Mirrors each image with probability 1/2, and then exchanges left and right in its caption.
 
-    left, right: the token of each of these two words, see left_and_right; None: nothing is done.
+    left, right: the tokens of these two words, -1 or None; see left_and_right.
     """
     if left is None:
         return images, ids
@@ -1041,7 +1042,7 @@ def train(args):
     if isinstance(model, CLIP):
         files += draw_similarity(model, dataset, tokenizer, out, amp=amp)
     if not args.load:
-        save(max(start, args.steps), scores)  # a resumed run may be past --steps already
+        save(max(start, args.steps), scores)  # start is larger if resumed with fewer --steps
         files += draw_zero_shot(out, args.compare) + ["checkpoint.pt", "log.csv", "zero_shot.csv"]
     return data.report(scores, out, files)
 

@@ -526,7 +526,7 @@ def train(args):
     more, files = evaluate(model, dataset, out, args=args, amp=amp)
     scores |= more
     if not args.load:
-        save(max(start, args.steps), scores)  # a resumed run may be past --steps already
+        save(max(start, args.steps), scores)  # start is larger if resumed with fewer --steps
         files += ["checkpoint.pt", "log.csv"]
     return data.report(scores, out, files)
 

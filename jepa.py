@@ -77,8 +77,8 @@ class Encoder(nn.Module):
 
 
 class Predictor(nn.Module):
-    """Predicts the representations of the K patches target_idx (B, K), which together are one
-    target, from z (B, n, D), the encoder's output for the patches context_idx (B, n): -> (B, K, D).
+    """z (B, n, D), the encoder's output for the patches context_idx (B, n) -> (B, K, D): predicted
+    representations of the patches target_idx (B, K), which together are one target.
 
     To copy this, also copy: Block, Attention, MLP, LayerNorm, sincos_2d.
     """
@@ -110,7 +110,7 @@ class IJEPA(nn.Module):
     """An `encoder`, a `predictor`, and a `target_encoder`, the slow average of the encoder.
 
     predictor_heads: by default as many as the encoder has. center: the targets are
-    `center_targets` of the target encoder's output; by default LayerNorm of it, as by the authors.
+    `center_targets` of the target encoder's output (so in `train`), else its LayerNorm (authors).
     To copy this, also copy: Encoder, Predictor, center_targets, take, Block, Attention, MLP,
     LayerNorm, PatchEmbed, patchify, sincos_2d.
     """
@@ -140,9 +140,9 @@ class IJEPA(nn.Module):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Conv2d):  # in PatchEmbed: a linear map, stored as a Conv2d
-                # From 3 P^2 numbers of std 1, weights of this std make outputs of std 1. With 0.02,
-                # as by I-JEPA's authors, it would be 0.02 sqrt(48) = 0.14 for P = 4, and that of
-                # the positions is 0.7: what the patch shows would hardly count.
+                # From 3 P^2 numbers of size 1, weights of this std make outputs of size 1. With
+                # std 0.02, as by I-JEPA's authors, they would be of size 0.02 sqrt(48) = 0.14 for
+                # P = 4, and the positions are of size 0.7: what the patch shows would hardly count.
                 nn.init.normal_(module.weight, std=1 / math.sqrt(3 * self.encoder.patch_size**2))
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.predictor.mask_token, std=0.02)
@@ -159,12 +159,13 @@ class IJEPA(nn.Module):
                 h = self.target_encoder(images)  # (B, N, D): sees the whole image
         else:
             # The experiment --no-stop-grad: the trained encoder itself gives the targets, and the
-            # loss may change them, too: it can make them easy to predict, and empty (collapse).
-            # target_encoder gives no targets then. `features`, so each score, still uses it.
+            # loss may change them, too, until they are easy to predict and empty (collapse: the
+            # same for all images, or in few directions). The scores still use target_encoder:
+            # --no-ema, too, makes it the same as the encoder.
             h = self.encoder(images)
         h = h.to(images.dtype)  # float32, also if the encoder computed in bfloat16
-        # The encoder's last norm has a trained gain: a small one would make h and the loss small,
-        # and nothing would be learned. So h is normalized again, without a gain.
+        # The encoder's last norm has a trained gain, so h can have any size, and the loss with it.
+        # So h is normalized again, without a gain.
         h = center_targets(h) if self.center else F.layer_norm(h, h.shape[-1:])
         losses = []
         predictions = []
@@ -200,7 +201,7 @@ class IJEPA(nn.Module):
         with data.errors_become(f"{path}: does not hold an I-JEPA"):
             state, sizes = data.read_jepa(path, heads=heads, predictor_heads=predictor_heads)
             model = cls(**sizes)
-            if not any(name.startswith("predictor.") for name in state):  # keep that of `model`
+            if not any(name.startswith("predictor.") for name in state):  # keep the untrained one
                 for name, tensor in model.predictor.state_dict().items():
                     state[f"predictor.{name}"] = tensor
             model.load_state_dict(state)
@@ -301,7 +302,8 @@ def block_masks(B, grid, share=0.6, side=2):
     # block that covers it, from 0 on; N if none does.
     block_number = torch.arange(N)[:, None]  # (N, 1); blocks is (B, N blocks, N patches)
     first = torch.where(blocks, block_number, N).amin(dim=1)  # (B, N patches)
-    # 3. The K patches that are covered first are the target. The last block may be cut.
+    # 3. The K patches that are covered first are the target. The last block may be cut. (stable:
+    # patches of one block stay in reading order.)
     order = first.argsort(dim=1, stable=True)
     return order[:, K:], order[None, :, :K]
 
@@ -338,7 +340,7 @@ def collapse(model, dataset, amp, n=500):
     """Two measures of collapse, of the features (n, D) of n test images.
 
     feature_std: after each image's features are scaled to length 1, the std over the images, then
-    the mean over D. 0 if all are equal; at most 1 / sqrt(D).
+    the mean over D. 0 if all are equal; at most about 1 / sqrt(D).
     effective_rank: in how many directions the features differ. With s the singular values of the
     features minus their mean: exp(entropy of s / sum(s)). At least 1, at most D and n - 1.
     To copy this, also copy: data.extract.
@@ -387,7 +389,8 @@ def draw_predictions(model, dataset, out, args, amp):
     context_idx, target_idx = sample_masks(args.masking, len(images), grid, images.device)
     with amp:
         _, predictions = model.loss(images, context_idx, target_idx)
-        h = model.target_encoder(torch.cat([images, others])).float()  # (508, N, D)
+        # All in one batch, since center_targets subtracts its means: (508, N, D).
+        h = model.target_encoder(torch.cat([images, others])).float()
     h = center_targets(h) if model.center else F.layer_norm(h, h.shape[-1:])
     truth = h[:len(images)]
     # All patches of the other images, and their representations.
@@ -587,7 +590,7 @@ def train(args):
     files += draw_predictions(model, dataset, out=out, args=args, amp=amp)
     if not args.load:
         files += draw_collapse(out, args)
-        save(max(start, args.steps), scores)  # a resumed run may be past --steps already
+        save(max(start, args.steps), scores)  # start is larger if resumed with fewer --steps
         files += ["checkpoint.pt", "log.csv"]
     return data.report(scores, out, files)
 

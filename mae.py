@@ -1,8 +1,8 @@
 """Masked autoencoder (MAE): "... Are Scalable Vision Learners", He et al. 2021, arXiv 2111.06377.
 
-Mask three quarters of an image's patches (the slide's "blocks"), before the encoder sees any. A
-small decoder then predicts the pixels of the masked ones. It can do so only if the encoder tells it
-what is in the image. If the encoder saw all patches, a step would take 2 to 3 times as long.
+Mask three quarters of an image's patches (the slide's "blocks"): the encoder gets only the others,
+and no mask tokens. A small decoder then predicts the pixels of the masked ones. It can do so only
+if the encoder tells it what is in the image. Encoding all would take 2 to 3 times as long a step.
 
     loss = 1 / (number of masked patches) * sum over masked patches of mean (pred - target)^2
 
@@ -35,7 +35,7 @@ from data import UserError
 
 def take(x, index):
     """x (B, N, D), index (B, n) -> (B, n, D): from each sequence the n tokens at its indices."""
-    index = index[:, :, None].expand(-1, -1, x.shape[2])  # shaped as the output
+    index = index[:, :, None].expand(-1, -1, x.shape[2])  # gather wants an index for each number
     return x.gather(1, index)
 
 
@@ -79,7 +79,7 @@ class MAE(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """As in the authors' code: Xavier for all matrices, biases zero (except patch_embed's),
-        class and mask token normal with std 0.02, norms the identity."""
+        class and mask token normal with std 0.02, norms with gain 1, bias 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)  # q, k, v: as one (3 D, D) matrix
@@ -88,7 +88,7 @@ class MAE(nn.Module):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
         self.patch_embed.proj.reset_parameters()  # its bias: as PyTorch draws it
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # (D, 3, P, P) as a matrix
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # fills proj.weight itself
         nn.init.normal_(self.cls_token, std=0.02)
         self.pos_embed[0, 1:] = sincos_2d(self.pos_embed.shape[2], self.grid)
         if self.has_decoder:
@@ -108,7 +108,7 @@ class MAE(nn.Module):
             x = take(x, visible)  # (B, n, P*P*3)
             positions = positions[0][visible]  # (B, n, D): all images look up the same table (N, D)
         x = self.patch_embed(x) + positions  # (B, n, D)
-        cls_token = self.cls_token + self.pos_embed[:, :1]
+        cls_token = self.cls_token + self.pos_embed[:, :1]  # row 0: zero, see __init__
         x = torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + n, D)
         for block in self.blocks:
             x = block(x)
@@ -118,7 +118,7 @@ class MAE(nn.Module):
         """x (B, 1 + n, D), class token and visible patches -> pixels of all patches (B, N, P*P*3).
 
         `forward` encoded the first n of the shuffled patches. restore (B, N): where in the shuffled
-        order each patch stands. For the order 2, 0, 3, 1 (patch 0 is at 1) it is 1, 3, 0, 2."""
+        order each patch stands. In the order 2, 0, 3, 1 patch 0 is at 1: restore is 1, 3, 0, 2."""
         x = self.decoder_embed(x)  # (B, 1 + n, decoder_dim)
         cls_token = x[:, :1]
         x = x[:, 1:]
@@ -189,7 +189,7 @@ class MAE(nn.Module):
         mae_visualize_vit_*.pth; heads and decoder_heads, None for those of the authors' models."""
         with data.errors_become(f"{path}: does not hold a masked autoencoder"):
             state, sizes = data.read_mae(path, heads=heads, decoder_heads=decoder_heads)
-            sizes.setdefault("norm_pix", norm_pix)
+            sizes.setdefault("norm_pix", norm_pix)  # this script's files know it themselves
             model = cls(**sizes)
             model.load_state_dict(state)
         return model
@@ -300,7 +300,7 @@ def train(args):
         model = build(args)
     model.to(device)
     trained = [p for p in model.parameters() if p.requires_grad]  # all but the position tables
-    matrices = [p for p in trained if p.ndim > 1]  # class and mask token, (1, 1, D), are among them
+    matrices = [p for p in trained if p.ndim > 1]  # the class and the mask token are among them
     vectors = [p for p in trained if p.ndim == 1]  # biases and norms: without weight decay
     groups = [dict(params=matrices, weight_decay=args.weight_decay),
               dict(params=vectors, weight_decay=0.0)]
@@ -351,7 +351,7 @@ def train(args):
     if model.has_decoder:
         files += draw_reconstructions(model, dataset, out=out, args=args, amp=amp)
     if not args.load:
-        save(max(start, args.steps), scores)  # a resumed run may be past --steps already
+        save(max(start, args.steps), scores)  # start is larger if resumed with fewer --steps
         files += ["checkpoint.pt", "log.csv"]
     return data.report(scores, out, files)
 

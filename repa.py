@@ -43,7 +43,7 @@ from data import UserError
 
 
 class TimeEmbed(nn.Module):
-    """t (B,) in 0..1 -> (B, D): cos(f t), sin(f t) for 128 frequencies f from 1 to 1e-4; an MLP."""
+    """t (B,) in 0..1 -> (B, D): cos(f t), sin(f t) for 128 frequencies f from 1 to 0.0001; MLP."""
 
     def __init__(self, dim):
         super().__init__()
@@ -53,6 +53,7 @@ class TimeEmbed(nn.Module):
             nn.Linear(dim, dim))
 
     def forward(self, t):
+        # t is at most 1, as in SiT (in DiT it is 1000): no wave gets through a sixth of a turn.
         k = torch.arange(128, dtype=t.dtype, device=t.device)
         frequency = torch.exp(-math.log(10000) / 128 * k)  # 10000^(-k / 128): (128,)
         angle = t[:, None] * frequency  # (B, 128)
@@ -135,7 +136,7 @@ class SiT(nn.Module):
         self.final_layer = FinalLayer(dim, patch_size**2 * channels)
         self.init_weights()
         self.projector = None
-        if teacher_dim > 0:  # drawn last: with the same seed, all others start as in plain SiT
+        if teacher_dim > 0:  # initialized last: with the same seed, the rest is that of plain SiT
             self.projector = nn.Sequential(
                 nn.Linear(dim, projector_dim),
                 nn.SiLU(),
@@ -155,7 +156,7 @@ class SiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        # PatchEmbed's weight, (D, C, P, P), as the matrix (D, C*P*P) of a Linear layer.
+        # PatchEmbed's weight, (D, C, P, P), seen as the matrix (D, C*P*P) of a Linear layer.
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
@@ -168,9 +169,9 @@ class SiT(nn.Module):
         self.start_larger()  # without this line, all weights start as the authors' do
 
     def start_larger(self):
-        """Difference 3: the blocks read c, time and class, through adaLN_modulation, whose matrix W
-        starts at zero and grows by about the learning rate a step (AdamW). Its output is W silu(c):
-        if c is small, the output stays small for a long time. So c starts larger."""
+        """Difference 3. c, the sum of time and class, reaches a block as W silu(c), with the matrix
+        W of adaLN_modulation. W starts at zero, and AdamW changes it by about the learning rate a
+        step, however small its gradient is: so it depends on c how fast W silu(c) grows."""
         nn.init.xavier_uniform_(self.t_embedder.mlp[0].weight)
         nn.init.xavier_uniform_(self.t_embedder.mlp[2].weight)
         nn.init.normal_(self.class_embed.weight, std=0.5)
@@ -253,8 +254,8 @@ class SiT(nn.Module):
     def from_pretrained(cls, path, heads=None, sit_time=None):
         """From this script's file, REPA's last.pt, a checkpoint of REPA's train.py, or SiT's
         SiT-XL-2-256.pt; else UserError. Averaged weights are taken if the file has them.
-        sit_time=None: the file decides. SiT's model also predicts a variance (which is left out
-        here), REPA's does not: so this tells them apart.
+        sit_time: see the class; None: True if the model of the file also predicts a variance, as
+        SiT's does and REPA's does not. (The variance is left out here.)
         heads=None: as in the file; for released files, as in the paper's model of this width."""
         with data.errors_become(f"{path}: does not hold a SiT"):
             state, sizes = data.read_sit(path, heads=heads, sit_time=sit_time)
@@ -295,7 +296,7 @@ def sample(model, noise, y, steps=50, method="euler", cfg=1.0, interval=(0, 1), 
     """noise (B, C, H, H), classes y (B,) -> images (B, C, H, H), by going from t = 1 to t = 0.
 
     euler: each step follows the velocity at its start. heun: the mean of that and the velocity at
-    its end, at twice the cost. cfg: guidance, in steps that start at a time in `interval`.
+    its end, at nearly twice the cost. cfg: guidance, in steps that start at a time in `interval`.
     `generator` is not used: it is here so that sample and sample_sde are called in the same way.
     To copy this, also copy: guided_velocity.
     """
@@ -331,9 +332,10 @@ def sample_sde(model, noise, y, steps=50, cfg=1.0, interval=(0, 1), generator=No
     # is -n / t for the noise n in x_t. In truth, x_t can come from many images: then take the mean
     # of their n. The model's v is the mean of their velocities, so it tells this, too:
     #     x_t = (1 - t) image + t n  and  v = n - image  give  n = x_t + (1 - t) v.
-    # `sample` steps by dt v. If steps are small, x gets the same distribution, for any w, by a step
-    # dt (v - w / 2 * score), which also goes up the score (dt < 0), and noise of variance w |dt|
-    # (Song et al. 2021, arXiv 2011.13456, prove it). REPA's code has w = 2 t: a step is dt (v + n).
+    # `sample` steps by dt v. Now let each step add noise of variance w |dt|, for any w >= 0.
+    # If steps are small, x keeps its distribution if it also goes up the score, by
+    # dt (v - w / 2 * score), where dt < 0 (Song et al. 2021, arXiv 2011.13456, prove it).
+    # REPA's code has w = 2 t. As the score is -n / t, a step is then dt (v + n).
     # Many small steps are added up: in float64, where the device has it.
     x = noise.to(torch.float32 if noise.device.type == "mps" else torch.float64)
 
@@ -467,7 +469,7 @@ def train_teacher(args, dataset, amp):
 
 def pick_teacher(args, dataset, amp, out):
     """The frozen teacher; None with --align 0 and no --teacher. --align 0 with a --teacher is a
-    control: the model gets a projector for this teacher, which nothing trains and nothing uses."""
+    control: the model gets a projector that nothing trains or uses. It must train as plain SiT."""
     path = out / "teacher.pt"  # beside checkpoint.pt, so that --resume finds it
     # With --resume, a run goes on if there is its checkpoint.pt, else it begins anew.
     is_kept = args.resume and path.exists() and (out / "checkpoint.pt").exists()
@@ -553,8 +555,9 @@ def frechet_scores(model, dataset, args, amp):
 
 def probe_by_block(model, dataset, amp):
     """The paper's curve, [(block, accuracy of a linear probe)]. The probe is trained on four fifths
-    of at most 5000 training images, and tested on the last fifth. The default teacher knows their
-    labels. If test images are used instead, accuracies change by at most 0.014 (seeds 1, 2)."""
+    of at most 5000 training images, and tested on the last fifth. The default teacher has seen the
+    labels of these, too, and might hand them on; but on test images, accuracies differ by at most
+    0.014 (seeds 1, 2)."""
     images = dataset.train_images[:5000]
     y = dataset.train_labels[:5000]
     split = len(y) - len(y) // 5  # the first image that the probe does not learn from
@@ -626,8 +629,8 @@ def parse_args(argv=None):
                type=data.number(int, 2))
     parser.add("--cfg", 2.0, "The guidance of the images in samples.png; 1 is none.",
                type=data.number(float, 1, 100))
-    parser.add("--interval", [0.0, 1.0], "Guidance is used from the first of these times to the "
-               "second.", type=share, nargs=2)
+    parser.add("--interval", [0.0, 1.0], "Guidance is used at the times between these two (0 is "
+               "the image, 1 noise).", type=share, nargs=2)
     parser.add("--compare", None, "A checkpoint whose probes are drawn beside those of this run.")
     args = data.parse(parser, "repa", SIZES, argv)  # fills in what --size tells
     if args.align_depth > args.depth:
@@ -766,7 +769,7 @@ def train(args):
     if not args.load:
         data.compare_logs(out / "training.svg", [out], ["velocity", "alignment"], x="step",
                           xlabel="step", ylabel="velocity loss; alignment: mean cosine")
-        save(max(start, args.steps), scores)  # a resumed run may be past --steps already
+        save(max(start, args.steps), scores)  # start is larger if resumed with fewer --steps
         files += ["training.svg", "checkpoint.pt", "log.csv"]
     return data.report(scores, out, files)
 

@@ -477,7 +477,7 @@ def train(args):
     scores |= data.probe_scores(dataset, model.features, untrained.features, amp)
     files = draw(model, dataset, out)
     if not args.load:
-        save(max(start, args.steps), scores)  # a resumed run may be past --steps already
+        save(max(start, args.steps), scores)  # start is larger if resumed with fewer --steps
         files += ["checkpoint.pt", "log.csv"]
     return data.report(scores, out, files)
 
