@@ -62,7 +62,7 @@ class ImageGPT(nn.Module):
         # OpenAI's layer norm subtracts no mean and has no bias: x / sqrt(mean(x^2) + eps) * gain.
         norm = functools.partial(nn.RMSNorm, eps=1e-5)
         # Slide "Image GPT - Transformer Layer": the norm moved before attention and MLP. That is
-        # what Block does by default. Other minor changes of GPT-2: no layer has a bias, and the
+        # what Block does by default. Further changes to GPT-2: no layer has a bias, and the
         # activation is x * sigmoid(1.702 x), quick_gelu.
         is_causal = objective == "ar"
         self.blocks = nn.ModuleList(
@@ -87,7 +87,8 @@ class ImageGPT(nn.Module):
                 nn.init.ones_(module.weight)
         for block in self.blocks:
             nn.init.normal_(block.attn.qkv.weight, std=dim**-0.5)  # outputs as large as inputs
-            # Smaller with more layers, since each one's output is added to the same sum.
+            # Smaller with more layers, since each one's output is added to the same sum. (OpenAI
+            # does so in attention alone, not in the MLP.)
             nn.init.normal_(block.attn.proj.weight, std=(dim * depth) ** -0.5)
         nn.init.zeros_(self.head.weight)  # all logits are 0: the first loss is log K exactly
         nn.init.zeros_(self.classifier.weight)
@@ -153,9 +154,9 @@ class ImageGPT(nn.Module):
         return loss, class_logits
 
     def features(self, tokens, layer):
-        """tokens (B, N) -> (B, D), the paper's section 2.4: what the first `layer` layers (0: none)
-        make of the tokens, normalized as the next layer does it, by its norm1 (after the last
-        layer, by the final norm); then the mean over the tokens."""
+        """tokens (B, N) -> (B, D), the paper's section 2.4: the output of the first `layer` layers
+        (0: the embedded tokens), as the next layer reads it, after its norm1 (after the last layer:
+        the final norm). Then the mean over the N positions."""
         x = self.embed(tokens)
         for block in self.blocks[:layer]:
             x = block(x)
@@ -219,8 +220,8 @@ class ImageGPT(nn.Module):
     def from_pretrained(cls, path, heads=None):
         """From this script's file, or Hugging Face's ImageGPTForCausalImageModeling state dict. The
         latter has no palette: it stays zero (see data.read_palette). Any other file raises
-        UserError. heads: their number, which only this script's file tells; None: as in that file,
-        or as in the released model of this size."""
+        UserError. heads: Hugging Face's weights do not tell it; None: as in the released model of
+        this size. This script's file has its own."""
         with data.errors_become(f"{path}: does not hold an Image GPT"):
             state, sizes = data.read_igpt(path, heads=heads)
             model = cls(**sizes)
@@ -347,8 +348,8 @@ def evaluate(model, dataset, out, args, amp):
     # The entropy: the loss of a model that knows only how frequent each color is.
     share = torch.bincount(tokens.flatten()).float() / tokens.numel()
     scores["palette_entropy"] = torch.special.entr(share).sum().item()  # sum of - p log p
-    # Without labels, the classifier gets no gradient: only a fine-tuned model's is not zero. (With
-    # --load, the data set may have other classes than the file.)
+    # The classifier starts at zero, and only fine-tuning changes it: no accuracy if it is zero.
+    # (With --load, the data set may have other classes than the file.)
     if model.classifier.weight.any() and data.has_classes(args.load, dataset):
         last = functools.partial(image_features, model=model, dataset=dataset,
                                  layer=len(model.blocks))
@@ -397,8 +398,8 @@ def parse_args(argv=None):
                "15 %% masked pixels from all others.", choices=["ar", "bert"])
     parser.add("--colors", None, "The number of colors in the palette, if not that of --size.",
                type=number(int, 2, 4096))
-    parser.add("--palette", None, "A file of colors, OpenAI's kmeans_centers.npy; without it, the "
-               "palette is fitted to the training images.")
+    parser.add("--palette", None, "A file of colors, OpenAI's kmeans_centers.npy; without it, a "
+               "new model's palette is fitted to the training images.")
     parser.add("--finetune", None, "Start from this checkpoint or released file and train with "
                "labels: L_gen + L_clf.")
     parser.add("--given-rows", None, "The number of pixel rows that a completion starts from, if "
@@ -469,7 +470,7 @@ def train(args):
     if starts_fine_tuning:  # with a new classifier, for the classes of this data set
         model.classifier = nn.Linear(args.dim, len(dataset.class_names), bias=False)
         nn.init.zeros_(model.classifier.weight)
-    elif not args.load:
+    elif not args.load:  # a new run, or one that goes on, also in fine-tuning
         model = build(args)
     if args.palette and not resumed:
         model.palette = data.read_palette(args.palette, args.colors)

@@ -18,9 +18,9 @@ network: 0.302, on raw pixels: 0.326). README says how many minutes it takes on 
 
 Differences from the paper:
 1. The learned position table starts as MAE's fixed sin-cos table of rows and columns, so it need
-   not learn what is near what. With small random numbers as the start, as in the authors' code,
-   a run of 600 steps has an accuracy of 0.328, not 0.571 (raw pixels 0.326).
-2. Shift in place of random crops, label smoothing, weight decay 0.05, on matrices alone.
+   not learn what is near what. After 600 steps, the accuracy is 0.571; with small random numbers
+   as the start, as in the authors' code, it is 0.328 (raw pixels 0.326).
+2. Random shifts instead of crops; also label smoothing; weight decay 0.05, on matrices alone.
 3. No dropout anywhere, and the head is one linear layer, as in later recipes (DeiT, MAE).
 """
 
@@ -65,8 +65,8 @@ class ViT(nn.Module):
         self.init_weights()
 
     def set_head(self, num_classes):
-        """A new head, all zero: the first loss is then log K exactly. (Its gradient is made of the
-        features, so it is not zero. Only in the first step do the layers below get none.)
+        """A new head, all zero: the first loss is then log K exactly. (The head's gradient is made
+        of the features, so it is not zero. The layers below get theirs from the second step on.)
         0 classes: no head."""
         self.num_classes = num_classes
         self.head = nn.Identity()
@@ -94,7 +94,8 @@ class ViT(nn.Module):
                 nn.init.xavier_uniform_(matrix)
             nn.init.normal_(block.mlp.fc1.bias, std=1e-6)  # as good as zero, as in Google's code
             nn.init.normal_(block.mlp.fc2.bias, std=1e-6)
-        nn.init.normal_(self.patch_embed.proj.weight, std=(3 * self.patch_size**2) ** -0.5)
+        numbers = 3 * self.patch_size**2  # in a patch
+        nn.init.normal_(self.patch_embed.proj.weight, std=numbers ** -0.5)
         nn.init.zeros_(self.patch_embed.proj.bias)
         nn.init.zeros_(self.pos_embed)
         self.pos_embed[0, self.extra:] = sincos_2d(self.pos_embed.shape[2], self.grid)
@@ -117,7 +118,7 @@ class ViT(nn.Module):
         # ... and map to D dimensions with a trainable linear projection.
         x = self.patch_embed(x)  # (B, N, D)
         # 4. Add a learned 1-D position embedding: a table with a row for each index of a sequence.
-        # (Only its start, difference 1, knows which patch lies above which.)
+        # Nothing here says which patch lies above which; only its initial values do (difference 1).
         x = x + self.pos_embed[:, self.extra:]
         # 5. Include a learnable [class] embedding. It has a position embedding, too.
         if self.cls_token is not None:
@@ -151,8 +152,8 @@ class ViT(nn.Module):
     def adapt(self, num_classes=None, image_size=None):
         """For fine-tuning (section 3.2). num_classes: a new head. image_size: the position table is
         interpolated to the new number of patches (bicubic, as in timm; Google's code: bilinear);
-        UserError if patches do not divide image_size. The class token and the last norm are kept,
-        also those of MAE (whose authors fine-tune with the mean of the patches and a new norm)."""
+        UserError if patches do not divide image_size. Class token and last norm are kept, also for
+        an encoder of MAE, whose authors take the mean of the patches and a new norm instead."""
         if image_size is not None:
             if image_size % self.patch_size:
                 raise UserError(f"patches of {self.patch_size} pixels do not divide images of "
@@ -246,8 +247,9 @@ def draw_filters(model, out):
 def draw_positions(model, out):
     """Figure 7 center: one tile for each patch, the cosine similarity of its position embedding
     with those of all patches. In the paper's figure, training has made the rows and columns that
-    one sees; here they are there from the start (difference 1). The mean embedding is subtracted
-    first: what all embeddings have in common would make them all similar."""
+    one sees; a new model here has them from the start (difference 1). The mean embedding is
+    subtracted first: what all have in common would make them all similar. Each tile goes from black
+    to white by itself."""
     table = model.pos_embed[0, model.extra:]  # (N, D)
     table = F.normalize(table - table.mean(dim=0), dim=1)
     similarity = table @ table.T  # (N, N)
@@ -299,7 +301,7 @@ def score_classifier(classifier, dataset, amp):
 # ---------------------------------------------------------------------------------------- training
 
 # B, L and H are the paper's; Ti and S come from DeiT; tiny is ours, for small images. The slide's
-# "MLP size" is 4 dim in all.
+# "MLP size" is 4 * dim in each.
 SIZES = {
     "tiny": dict(patch_size=4, dim=128, depth=4, heads=4),
     "Ti": dict(patch_size=16, dim=192, depth=12, heads=3),
@@ -395,7 +397,7 @@ def read_model(args):
         args.mean, args.std = data.statistics(path)
     else:
         args.mean, args.std = data.NORMALIZE[args.normalize]
-    # These two go into the checkpoint's args: no tensor shows them, and read_encoder needs them.
+    # heads and tanh_gelu go into the checkpoint's args: no tensor shows them to read_encoder.
     args.heads = model.blocks[0].attn.heads
     args.tanh_gelu = model.tanh_gelu
     if args.load:
@@ -411,7 +413,7 @@ def train(args):
     amp = data.autocast(device, args.precision)  # matrix products in bfloat16 where that is fast
     out = pathlib.Path(args.out)
     if args.load or args.init:
-        model = read_model(args)  # first: open_data rescales and normalizes for this model
+        model = read_model(args)  # first: open_data needs the sizes and normalization it finds
     dataset = data.open_data(args, device)
     K = len(dataset.class_names)
     if args.train_images:  # for the model, the small CNN, and the probes below
@@ -424,6 +426,7 @@ def train(args):
         model = build(args)
     model.to(device)
     optimizer = torch.optim.AdamW(layer_groups(model, args), fused=device.type != "mps")
+    # Without --resume, this is 0 and {}, and changes nothing.
     start, scores = data.resume(args, "vit", model=model, optimizer=optimizer)
     loss_function = torch.compile(model.loss) if args.compile else model.loss
 
@@ -468,7 +471,7 @@ def train(args):
     # Scores and pictures.
     model.eval()
     # A trained model always has an accuracy; a file of --load may have no head, or one for other
-    # classes.
+    # classes, as far as has_classes can tell.
     if model.num_classes == K and data.has_classes(args.load, dataset):
         scores["accuracy"] = score_classifier(model, dataset, amp)
     if args.train_images:
