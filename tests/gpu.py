@@ -86,7 +86,7 @@ class Loop:
         self.amp = torch.autocast(device.type, dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=number_format == "fp16")  # else it does nothing
         if compiled:
-            torch._dynamo.reset()  # forget what was compiled for another batch size
+            torch.compiler.reset()  # forget what was compiled for another batch size
         self.loss_function = torch.compile(self.model.loss) if compiled else self.model.loss
         self.done = 0  # steps
 
