@@ -120,7 +120,8 @@ def target_tokens(target, options, args, dataset, amp):
 def score(ema, dataset, args, amp, cnn, classifier):
     """velocity: the error on test images. frechet: how far samples are from test images. agreement: how often the
     classifier finds in a sample the class that was asked for."""
-    labels = dataset.test_labels[:args.samples]
+    index = torch.arange(args.samples, device=dataset.test_labels.device)
+    labels = dataset.test_labels[index % len(dataset.test_labels)]  # more samples than test images: the labels again
     real = dataset.test_images[:args.samples]
     made = repa.generate(ema, dataset, labels=labels, args=args, amp=amp)
     real_features = data.extract(cnn.features, dataset, real, amp)

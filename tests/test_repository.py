@@ -18,6 +18,7 @@ MODELS = ["igpt", "vit", "clip", "mae", "jepa", "repa"]
 # A tripwire, not a target: 25 % above the length of the day on which each number was set.
 LINES = dict(igpt=630, vit=570, clip=1240, mae=455, jepa=680, repa=895, common=280)
 README = (ROOT / "README.md").read_text(encoding="utf8")
+MEASUREMENTS = (ROOT / "tests" / "measurements.md").read_text(encoding="utf8")
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")])
 
 
@@ -155,7 +156,7 @@ def test_every_option_is_explained_by_a_sentence(name, monkeypatch):
 
 def test_american_spelling():
     british = re.compile(r"colour|centre|(?<!de)normalis|grey|initialis|neighbour|labelled|licence|behaviour", re.I)
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), ROOT / "README.md"]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), ROOT / "README.md", ROOT / "tests/measurements.md"]:
         if path.name != "test_repository.py":
             found = british.findall(path.read_text(encoding="utf8"))
             assert found == [], path.name
@@ -357,8 +358,8 @@ def test_nothing_happens_at_import():
 
 
 def commands():
-    """Every `python script.py ...` line in README and in the scripts' docstrings."""
-    texts = [README] + [ast.get_docstring(ast.parse(path.read_text(encoding="utf8"))) for path in ROOT.glob("*.py")]
+    """Every `python script.py ...` line in README, in the measurements, and in the scripts' docstrings."""
+    texts = [README, MEASUREMENTS] + [ast.get_docstring(ast.parse(path.read_text(encoding="utf8"))) for path in ROOT.glob("*.py")]
     for line in "\n".join(texts).splitlines():
         for match in re.finditer(r"python ((?:tests/)?\w+\.py)((?: +[^#&|`]+)?)", line):
             yield match[1], match[2].split()
@@ -392,7 +393,7 @@ def test_options_in_the_readme_exist():
     for name in MODELS:
         known |= set(vars(importlib.import_module(name).parse_args([])))
     by_hand = "".join(path.read_text(encoding="utf8") for path in ROOT.glob("tests/*.py"))
-    text = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^```.*?^```", "", README + MEASUREMENTS, flags=re.DOTALL | re.MULTILINE)
     for option in set(re.findall(r"--([a-z][a-z-]+)", " ".join(re.findall(r"`([^`\n]*)`", text)))):
         key = option.replace("-", "_")
         assert {key, key.removeprefix("no_")} & known or f'"--{option}"' in by_hand, option
@@ -401,8 +402,23 @@ def test_options_in_the_readme_exist():
 def test_files_in_the_readme_exist():
     for path in re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r'src="([^":]+)"', README):
         assert (ROOT / path).exists(), path
+    for path in re.findall(r"\]\(([^)#:]+)\)", MEASUREMENTS):
+        assert (ROOT / "tests" / path).exists(), path
     for script in re.findall(r"`(\w+\.py)", README):
         assert (ROOT / script).exists() or (ROOT / "tests" / script).exists(), script
+
+
+def test_headings_in_links_exist():
+    """`#from-slide-to-code` is the heading "From slide to code"."""
+    texts = {"": README, "tests/measurements.md": MEASUREMENTS}
+    found = re.findall(r"\]\(([\w/.]*)#([\w-]+)\)", README)
+    checked = 0
+    for path, anchor in found:
+        if not path.endswith(".py"):
+            headings = re.findall(r"^#+ (.*)", texts[path], re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], anchor
+            checked += 1
+    assert checked >= 4
 
 
 def assigned(node):
@@ -451,8 +467,7 @@ def test_lines_in_the_readme_are_true():
 
 
 def paragraphs(text):
-    """Paragraphs and list items, without tables, code, and the measurements, which are folded."""
-    text = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
+    """Paragraphs and list items, without tables and code."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     text = text.split("\nPapers: ")[0]
     for line in text.splitlines():  # each paragraph is one line
