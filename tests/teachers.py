@@ -15,8 +15,8 @@ The network, its start, the batches, times and noise are the same for all five t
 
 After the warm-up the learning rate is constant, so a long training passes through the results of a short one: each is
 scored after a quarter, half and all of its steps, with the averaged weights. Results are kept in
-out/teachers/results.json, and not measured again; samples.png stands in a folder for each training. Other options are
-those of repa.py, for example, on a GPU:
+out/teachers/results.json, and not measured again; frechet.svg shows them as curves, and samples.png stands in a folder
+for each training. Other options are those of repa.py, for example, on a GPU:
 
     --data cifar10 --image-size 32 --patch-size 4 --dim 256 --depth 8 --heads 4 --align-depth 3 --batch-size 256
     --lr 0.004 --steps 1200 --samples 5000 --classifier-steps 4000 --compile
@@ -252,6 +252,18 @@ def print_table(results):
     print(f"test images whose class the classifier finds: {found}")
 
 
+def draw_chart(results, out):
+    """The Frechet distance of each target against the steps, the mean of its seeds: "training is easier", as curves."""
+    series = {}
+    for target in TARGETS:
+        runs = [run for name, run in results.items() if name.split()[0] == target]
+        series[target] = []
+        for parts in zip(*runs):  # the scores of all seeds after the same number of steps
+            distance = statistics.mean(part["frechet"] for part in parts)
+            series[target].append((parts[0]["step"], distance))
+    data.save_chart(out / "frechet.svg", series, "steps", "Frechet distance")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", help="the checkpoint of jepa.py, mae.py or vit.py")
@@ -279,6 +291,7 @@ def main():
                 data.write_file(path, json.dumps(kept() | {name: found}, indent=1).encode())
     if kept():
         print_table(kept())
+        draw_chart(kept(), options.out)
 
 
 if __name__ == "__main__":
