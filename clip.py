@@ -50,7 +50,7 @@ class ImageTransformer(nn.Module):
     patchify, quick_gelu, sincos_2d.
     """
 
-    def __init__(self, image_size=32, patch_size=4, dim=128, depth=4, heads=4, quick_gelu=True):
+    def __init__(self, image_size=32, patch_size=4, dim=128, depth=4, heads=4, exact_gelu=False):
         super().__init__()
         self.patch_size = patch_size
         self.grid = image_size // patch_size
@@ -59,7 +59,7 @@ class ImageTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(dim))
         self.pos_embed = nn.Parameter(torch.zeros(1 + self.grid**2, dim))  # row 0: class token
         self.norm_pre = LayerNorm(dim, eps=1e-5)
-        self.blocks = transformer_layers(dim, depth, heads, is_quick=quick_gelu)  # the argument
+        self.blocks = transformer_layers(dim, depth, heads, exact_gelu=exact_gelu)
         self.norm = LayerNorm(dim, eps=1e-5)
 
     @torch.no_grad()
@@ -104,11 +104,11 @@ class TextTransformer(nn.Module):
     """
 
     def __init__(self, vocab_size=1024, context_length=77, dim=128, depth=2, heads=4,
-                 quick_gelu=True):
+                 exact_gelu=False):
         super().__init__()
         self.token_embed = nn.Embedding(vocab_size, dim)
         self.pos_embed = nn.Parameter(torch.zeros(context_length, dim))
-        self.blocks = transformer_layers(dim, depth, heads, is_quick=quick_gelu, causal=True)
+        self.blocks = transformer_layers(dim, depth, heads, exact_gelu=exact_gelu, causal=True)
         self.norm = LayerNorm(dim, eps=1e-5)
 
     @torch.no_grad()
@@ -168,11 +168,12 @@ class CBOW(nn.Module):
         return x.sum(1) / (eos + 1)
 
 
-def transformer_layers(dim, depth, heads, is_quick=True, causal=False):
-    """`depth` Transformer layers. is_quick: CLIP's own activation, else the exact GELU.
+def transformer_layers(dim, depth, heads, exact_gelu=False, causal=False):
+    """`depth` Transformer layers, with CLIP's quick_gelu or with the exact GELU.
+
     To copy this, also copy: Block, Attention, MLP, LayerNorm, quick_gelu.
     """
-    act = quick_gelu if is_quick else F.gelu
+    act = F.gelu if exact_gelu else quick_gelu
     norm = functools.partial(LayerNorm, eps=1e-5)
     return nn.ModuleList(
         Block(dim, heads, act=act, norm=norm, causal=causal) for _ in range(depth))
@@ -192,8 +193,8 @@ def l2_normalize(x, axis):
 class CLIP(nn.Module):
     """images (B, 3, H, H), normalized, and ids (B, 77) -> logits (B, B), a row for each image.
 
-    image_encoder: "vit" or "resnet". text_encoder: "transformer" or "cbow". quick_gelu: False for
-    the exact GELU. (For "vit" alone, a copy needs no ResNet, Bottleneck and conv_and_norm.)
+    image_encoder: "vit" or "resnet". text_encoder: "transformer" or "cbow". exact_gelu: not
+    CLIP's quick_gelu. (For "vit" alone, a copy needs no ResNet, Bottleneck and conv_and_norm.)
     To copy this, also copy: ImageTransformer, TextTransformer, CBOW, transformer_layers,
     eos_position, l2_normalize, ResNet, Bottleneck, conv_and_norm, Block, Attention, MLP, LayerNorm,
     PatchEmbed, patchify, quick_gelu, sincos_2d.
@@ -201,12 +202,12 @@ class CLIP(nn.Module):
 
     def __init__(self, image_size=32, patch_size=4, dim=128, depth=4, heads=4, embed_dim=512,
                  text_dim=128, text_depth=2, text_heads=4, vocab_size=1024, context_length=77,
-                 image_encoder="vit", text_encoder="transformer", quick_gelu=True):
+                 image_encoder="vit", text_encoder="transformer", exact_gelu=False):
         super().__init__()
         if image_encoder == "vit":
             self.image_encoder = ImageTransformer(
                 image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads,
-                quick_gelu=quick_gelu)
+                exact_gelu=exact_gelu)
             self.W_i = nn.Linear(dim, embed_dim, bias=False)
         elif image_encoder == "resnet":
             self.image_encoder = ResNet(image_size, dim, depth)
@@ -217,7 +218,7 @@ class CLIP(nn.Module):
         if text_encoder == "transformer":
             self.text_encoder = TextTransformer(
                 vocab_size=vocab_size, context_length=context_length, dim=text_dim,
-                depth=text_depth, heads=text_heads, quick_gelu=quick_gelu)
+                depth=text_depth, heads=text_heads, exact_gelu=exact_gelu)
         elif text_encoder == "cbow":
             self.text_encoder = CBOW(vocab_size, text_dim)
         else:
@@ -294,14 +295,14 @@ class CLIP(nn.Module):
         return classify
 
     @classmethod
-    def from_pretrained(cls, path, heads=None, text_heads=None, quick_gelu=True):
+    def from_pretrained(cls, path, heads=None, text_heads=None, exact_gelu=False):
         """From this script's files, OpenAI's, or open_clip's with OpenAI's parameter names
         (laion2b's). OpenAI's contain code that runs on loading: read only those that you trust.
         heads, text_heads: no released file tells them; None: as in OpenAI's encoders of this width.
-        quick_gelu: False for open_clip's models whose names do not end in "-quickgelu"."""
+        exact_gelu: True for open_clip's models whose names do not end in "-quickgelu"."""
         with data.errors_become(f"{path}: does not hold a CLIP"):
             state, sizes = data.read_clip(path, heads=heads, text_heads=text_heads)
-            model = cls(**sizes, quick_gelu=quick_gelu)
+            model = cls(**sizes, exact_gelu=exact_gelu)
             model.load_state_dict(state)
         return model.eval()  # so that a ResNet's batch norms use the stored statistics
 
@@ -888,7 +889,7 @@ def learning_rate(step, args):
 def load(args):
     """-> the model of --load and its tokenizer. Changes args: size of images and patches, and how
     images are normalized, become the model's; there are no training steps."""
-    model = CLIP.from_pretrained(args.load, quick_gelu=not args.exact_gelu)
+    model = CLIP.from_pretrained(args.load, exact_gelu=args.exact_gelu)
     released = not data.is_own(args.load)  # by OpenAI or open_clip
     if released:  # for our own files, data.parse has read mean and std
         args.mean, args.std = data.NORMALIZE[args.normalize]

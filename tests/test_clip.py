@@ -280,7 +280,7 @@ def test_open_clips_files_have_the_exact_gelu(tmp_path):
     """In OpenAI's names, but LAION's models were trained with another activation, which no tensor tells."""
     s = random_file("vit")
     torch.save(s, tmp_path / "laion.pt")
-    model = CLIP.from_pretrained(tmp_path / "laion.pt", heads=1, text_heads=1, quick_gelu=False).double()
+    model = CLIP.from_pretrained(tmp_path / "laion.pt", heads=1, text_heads=1, exact_gelu=True).double()
     s = {k: v.double() for k, v in s.items()}
     images = torch.randn(3, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     ids = random_ids()
@@ -812,13 +812,13 @@ def test_options_that_do_not_fit_together():
         clip.parse_args(["--text-dim", "130", "--text-encoder", "transformer"])
 
 
-@pytest.mark.parametrize("words, quick", [([], True), (["--exact-gelu"], False)])
-def test_the_activation_of_a_loaded_model(monkeypatch, words, quick):
+@pytest.mark.parametrize("words, exact", [([], False), (["--exact-gelu"], True)])
+def test_the_activation_of_a_loaded_model(monkeypatch, words, exact):
     class Stop(Exception):
         pass
 
-    def from_pretrained(path, quick_gelu):
-        assert quick_gelu == quick
+    def from_pretrained(path, exact_gelu):
+        assert exact_gelu == exact
         raise Stop
 
     monkeypatch.setattr(CLIP, "from_pretrained", from_pretrained)
