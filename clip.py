@@ -18,7 +18,7 @@ accuracy is 0.957 on test images of pairs seen in training, 0.858 on pairs that 
 
 Differences from the paper:
 1. Small encoders and batches, a tokenizer learned from the captions, CBOW for the text: all faster.
-   Initial std: text tokens 0.5 (their code: 0.02), positions 0.1 (0.01); the ViT as in vit.py.
+   Initial std: text tokens 0.5 (their code: 0.02), positions 0.1 (0.01); ViT: see its init_weights.
 2. Random shift and mirroring (left and right exchanged in the caption), no random crops.
 3. Learning rate 1e-3 (paper: 5e-4), weight decay 0.05 (0.2), gradients clipped at norm 1.
 4. `bow`, `caption`: ours, as no details are published; the prompt that is likeliest wins.

@@ -735,7 +735,7 @@ def knn(train_x, train_y, test_x, test_y, k=20):
 
 
 def untrained(model, seed):
-    """A copy of a model with new weights, those from which a training with this seed starts."""
+    """A copy of a model with new random weights, drawn as those of a new model."""
     model = copy.deepcopy(model)
     torch.manual_seed(seed)
     model.init_weights()
@@ -748,7 +748,7 @@ def untrained(model, seed):
 def probe_scores(dataset, features, random_features, amp):
     """The accuracies that all six scripts report, of `features` and of two baselines.
 
-    probe, the same with 1 % of the labels, and knn; probe_random: a network before its training;
+    probe, the same with 1 % of the labels, and knn; probe_random: the same network untrained;
     probe_pixels: no network, the pixels themselves, averaged to at most 32 x 32.
     """
     side = min(32, dataset.image_size)

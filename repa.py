@@ -19,8 +19,8 @@ linear probe 0.352 (untrained 0.126, raw pixels 0.331). README says how long it 
 Differences from the paper:
 1. Pixels of 16 x 16, not the latents of a VAE, and a projector 256 wide, not 2048: to be quick.
 2. The default teacher is a small ViT, trained on the labels for seconds. Better ones: README.
-3. For a short run: `draw_times`, larger initial weights for time and class, learning rate 8e-3 with
-   a cosine (paper: 1e-4), averages of decay 0.995 (0.9999), 15 steps of Heun (250 of the SDE).
+3. For a short run: `draw_times`, larger initial weights for time and class, learning rate 8e-3 and
+   a cosine (paper: 1e-4, constant), averages of decay 0.995 (0.9999), 15 steps of Heun (SDE, 250).
 """
 
 import copy
@@ -266,7 +266,8 @@ class SiT(nn.Module):
 
 def draw_times(images, times):
     """Times (B, 1, 1, 1) that are not uniform. lognormal, more often in the middle than at the
-    ends: the odds of noise to image, t / (1 - t), are exp(n) with n ~ N(0, 1)."""
+    ends: the odds of noise to image, t / (1 - t), are exp(n) with n ~ N(0, 1). (t itself is then
+    called logit-normal.)"""
     if times != "lognormal":
         raise ValueError(f"times must be uniform or lognormal, not {times}")
     odds = torch.randn_like(images[:, :1, :1, :1]).exp()

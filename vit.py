@@ -9,7 +9,7 @@ shifted object is the same object), it must learn from labeled examples, so it n
 E is the linear map of the patches, and [a; b] puts a before b, as in the paper's equation 1.
 
     python vit.py                                      # the default data set, "shapes"
-    python vit.py --data cifar10 --steps 17000         # CIFAR-10, 20 minutes
+    python vit.py --data cifar10 --steps 17000         # 20 minutes with AMX, else hours
     python vit.py --init out/mae/checkpoint.pt --out out/tuned    # fine-tune a trained encoder
     python vit.py --train-images 1000 --out out/few    # train on few images; compare with a CNN
 
@@ -78,7 +78,7 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Google's: Xavier for the matrices of the blocks, normal for the patch projection, zero
+        """Google's: Xavier for the matrices of the blocks, LeCun's for the patch projection, zero
         for the head, the class token and most biases. Ours: positions, see difference 1 above."""
         for module in self.modules():
             if isinstance(module, nn.Linear):

@@ -8,7 +8,7 @@ The network, its start, the batches, times and noise are the same for all five t
 
     plain       none: SiT as it was before REPA
     teacher     the teacher's tokens
-    untrained   those of the same network with the weights from which the teacher's training started
+    untrained   those of the same network with new random weights
     pixels      the clean pixels of the patch: no network at all
     irepa       the teacher's tokens as in iREPA (arXiv 2512.10794): normalized over the image, and with a 3 x 3
                 convolution as projector
@@ -87,7 +87,7 @@ class NormalizedTeacher(nn.Module):
 
 
 def untrained_teacher(options, seed):
-    """A Teacher with the weights from which the training of --teacher started, if that had this seed."""
+    """A Teacher like that of --teacher, with new random weights."""
     content = data.load_checkpoint(options.teacher)
     trained = MODELS[content["script"]].from_pretrained(options.teacher)
     model = data.untrained(trained, seed)

@@ -602,7 +602,7 @@ def test_baselines_are_kept(tmp_path):
     assert not path.exists() and len(list(tmp_path.glob("probe-*.pt"))) == 3
 
 
-def test_an_untrained_copy_is_where_the_training_started():
+def test_an_untrained_copy_has_new_weights():
     model = vit.ViT(image_size=16, dim=16, depth=1, heads=2)
     model.blocks[0].attn.proj = data.ScaledLinear(16, 16)
     torch.manual_seed(5)
