@@ -45,7 +45,8 @@ from data import UserError
 class ImageTransformer(nn.Module):
     """Images (B, 3, H, H), normalized -> I_f (B, D): the class token after the last layer.
 
-    A ViT with one more LayerNorm, before the first layer. Inside CLIP, `dim` is the slide's d_i.
+    A ViT with one more LayerNorm, before the first layer. Inside CLIP, `dim` is the slide's d_i,
+    and CLIP calls `init_weights`; without CLIP, call it yourself: positions are zero until then.
     To copy this, also copy: transformer_layers, Block, Attention, MLP, LayerNorm, PatchEmbed,
     patchify, quick_gelu, sincos_2d.
     """
@@ -98,7 +99,7 @@ class ImageTransformer(nn.Module):
 class TextTransformer(nn.Module):
     """ids (B, 77) -> T_f (B, D): the output at [EOS], the first token that sees the whole text.
 
-    Inside CLIP, `dim` is the slide's d_t.
+    Inside CLIP, `dim` is the slide's d_t, and CLIP calls `init_weights`; else call it yourself.
     To copy this, also copy: transformer_layers, eos_position, Block, Attention, MLP, LayerNorm,
     quick_gelu.
     """
@@ -193,8 +194,9 @@ def l2_normalize(x, axis):
 class CLIP(nn.Module):
     """images (B, 3, H, H), normalized, and ids (B, 77) -> logits (B, B), a row for each image.
 
-    image_encoder: "vit" or "resnet". text_encoder: "transformer" or "cbow". exact_gelu: not
-    CLIP's quick_gelu. (For "vit" alone, a copy needs no ResNet, Bottleneck and conv_and_norm.)
+    image_encoder: "vit" or "resnet". text_encoder: "transformer", or "cbow" as in this script's
+    default run. exact_gelu: not CLIP's quick_gelu. In a training, keep t at most log(100).
+    (For "vit" alone, a copy needs no ResNet, Bottleneck and conv_and_norm.)
     To copy this, also copy: ImageTransformer, TextTransformer, CBOW, transformer_layers,
     eos_position, l2_normalize, ResNet, Bottleneck, conv_and_norm, Block, Attention, MLP, LayerNorm,
     PatchEmbed, patchify, quick_gelu, sincos_2d.
@@ -792,7 +794,6 @@ class Captioner(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------- training
-
 
 
 def paper_size(encoder, patch_size, dim, depth, text_dim, embed_dim, image_size=224):
