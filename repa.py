@@ -1,20 +1,20 @@
 """Representation alignment (REPA): "... Easier Than You Think", Yu et al. 2024, arXiv 2410.06940.
 
 Diffusion in short: x_t = (1 - t) image + t noise is the image at t = 0 and pure noise at t = 1; its
-velocity is (noise - image). A network v (here SiT, Ma et al. 2024, arXiv 2401.08740) learns to
-guess this from x_t, t and the class. Then it leads fresh noise back to a new image, in steps.
+velocity is (noise - image). A network v (here SiT, arXiv 2401.08740) learns to guess this from x_t,
+t and the class. A new image: begin with noise, and repeat x = x - step * v, from t = 1 to t = 0.
 
-To guess well, v must find out what x_t shows. REPA helps: a projector turns each token h after an
-early block into a vector, trained to point in the direction of a teacher's token for its patch.
+To guess well, v must find out what x_t shows. REPA helps: each token h after an early block, sent
+through a projector, is to point in the direction of a frozen teacher's token for its patch. This
+trains the blocks before it, too: h must tell what the teacher knows.
 
     loss = mean (v(x_t, t, class) - (noise - image))^2 - 0.5 mean cos(projector(h), teacher(image))
 
     python repa.py                                    # the default data set, "shapes", at 16 x 16
-    python repa.py --align 0 --out out/plain          # plain SiT; its checkpoint is for --compare
+    python repa.py --align 0 --out out/plain          # plain SiT
     python repa.py --teacher out/jepa/checkpoint.pt   # or a vit, mae or DINOv2 file
 
-Default run, seed 0, float32: Frechet distance 12.1 (Gaussian pixels 384.0, training images 0.5);
-linear probe 0.352 (untrained 0.126, raw pixels 0.331). README says how long it takes.
+Default run, seed 0: Frechet distance 12.1 (lower is better; noise 384.0, training images 0.5).
 
 Differences from the paper:
 1. Pixels of 16 x 16, not the latents of a VAE, and a projector 256 wide, not 2048: to be quick.
@@ -53,7 +53,7 @@ class TimeEmbed(nn.Module):
             nn.Linear(dim, dim))
 
     def forward(self, t):
-        # t is at most 1, as in SiT (in DiT it is 1000): no wave gets through a sixth of a turn.
+        # t is at most 1, as in SiT (in DiT it is 1000): so no angle is larger than 1, 57 degrees.
         k = torch.arange(128, dtype=t.dtype, device=t.device)
         frequency = torch.exp(-math.log(10000) / 128 * k)  # 10000^(-k / 128): (128,)
         angle = t[:, None] * frequency  # (B, 128)
@@ -156,7 +156,8 @@ class SiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        # PatchEmbed's weight, (D, C, P, P), seen as the matrix (D, C*P*P) of a Linear layer.
+        # PatchEmbed's weight has the shape of a convolution's, (D, C, P, P). flatten gives a view
+        # of it, the matrix (D, C*P*P): so this fills the weight itself.
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
@@ -170,8 +171,9 @@ class SiT(nn.Module):
 
     def start_larger(self):
         """Difference 3. c, the sum of time and class, reaches a block as W silu(c), with the matrix
-        W of adaLN_modulation. W starts at zero, and AdamW changes it by about the learning rate a
-        step, however small its gradient is: so it depends on c how fast W silu(c) grows."""
+        W of adaLN_modulation. W starts at zero, and AdamW changes each of its numbers by about the
+        learning rate in a step. So W silu(c) grows fast only if c is large: with std 0.02, the
+        blocks would learn late what time it is, and which class."""
         nn.init.xavier_uniform_(self.t_embedder.mlp[0].weight)
         nn.init.xavier_uniform_(self.t_embedder.mlp[2].weight)
         nn.init.normal_(self.class_embed.weight, std=0.5)
@@ -188,7 +190,7 @@ class SiT(nn.Module):
         return x, c
 
     def forward(self, x, t, y, return_tokens=False):
-        """return_tokens: returns (velocity, tokens of the aligned block (B, N, D))."""
+        """return_tokens: returns (velocity, the tokens h after the aligned block (B, N, D))."""
         sign = 1
         if self.sit_time:  # released SiT files: time runs the other way, so the velocity does, too
             t = 1 - t
@@ -197,11 +199,11 @@ class SiT(nn.Module):
         for number, block in enumerate(self.blocks, start=1):
             x = block(x, c)
             if number == self.align_depth:
-                tokens = x  # h, what the loss aligns
+                h = x  # what the loss aligns
         x = self.final_layer(x, c)  # (B, N, P*P*C)
         velocity = sign * unpatchify(x, self.patch_size)
         if return_tokens:
-            return velocity, tokens
+            return velocity, h
         return velocity
 
     def loss(self, images, y, z=None, align=0.5, label_dropout=0.1, times="uniform"):
@@ -215,13 +217,13 @@ class SiT(nn.Module):
         # Diffusion: go to a point between image and noise, and guess the velocity there.
         noise = torch.randn_like(images)
         if times == "uniform":
-            t = torch.rand_like(images[:, :1, :1, :1])  # (B, 1, 1, 1), from 0 to 1
+            t = torch.rand(len(images), 1, 1, 1, dtype=images.dtype, device=images.device)
         else:
             t = draw_times(images, times)
         x_t = (1 - t) * images + t * noise
-        velocity = noise - images  # the derivative of x_t by t
+        target = noise - images  # the velocity: the derivative of x_t by t
         pred, h = self(x_t, t.flatten(), y, return_tokens=True)  # (B, C, H, H), (B, N, D)
-        loss = (pred.to(images.dtype) - velocity).square().mean()
+        loss = (pred.to(images.dtype) - target).square().mean()
         out = dict(velocity=loss.detach())
 
         # Alignment: each token h, computed from x_t, is to point in the direction of the teacher's
@@ -230,7 +232,7 @@ class SiT(nn.Module):
             h = self.projector(h).to(images.dtype)  # (B, N, Z), float32 also under autocast
             h = F.normalize(h, dim=-1)
             z = z.to(images.dtype)
-            z = F.normalize(z, dim=-1)
+            z = F.normalize(z, dim=-1)  # it may have any length (not if it is of teacher_tokens)
             cosine = (h * z).sum(dim=-1)  # (B, N), of each patch with the same patch
             loss = loss - align * cosine.mean()
             out["alignment"] = cosine.mean().detach()
@@ -243,7 +245,7 @@ class SiT(nn.Module):
         t = torch.full((B,), 0.5, dtype=images.dtype, device=images.device)
         y = torch.full((B,), self.null, device=images.device)
         noise = torch.randn_like(images)
-        x_t = 0.5 * images + 0.5 * noise  # the same in both directions of time
+        x_t = 0.5 * images + 0.5 * noise  # for sit_time, too: 1 - t is 0.5
         x, c = self.embed(x_t, t, y)
         last = layer or self.align_depth
         for block in self.blocks[:last]:
@@ -252,10 +254,10 @@ class SiT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, heads=None, sit_time=None):
-        """From this script's file, REPA's last.pt, a checkpoint of REPA's train.py, or SiT's
+        """Reads this script's file, REPA's last.pt, a checkpoint of REPA's train.py, or SiT's
         SiT-XL-2-256.pt; else UserError. Averaged weights are taken if the file has them.
-        sit_time: see the class; None: True if the model of the file also predicts a variance, as
-        SiT's does and REPA's does not. (The variance is left out here.)
+        sit_time=None: the file decides. SiT's models also predict a variance, which is left out
+        here: for them it is True. REPA's do not, and it is False.
         heads=None: as in the file; for released files, as in the paper's model of this width."""
         with data.errors_become(f"{path}: does not hold a SiT"):
             state, sizes = data.read_sit(path, heads=heads, sit_time=sit_time)
@@ -265,13 +267,12 @@ class SiT(nn.Module):
 
 
 def draw_times(images, times):
-    """Times (B, 1, 1, 1) that are not uniform. lognormal, more often in the middle than at the
-    ends: the odds of noise to image, t / (1 - t), are exp(n) with n ~ N(0, 1). (t itself is then
-    called logit-normal.)"""
+    """Times (B, 1, 1, 1) that are not uniform, but more often near 0.5 than near 0 or 1: t is the
+    sigmoid of n ~ N(0, 1). (The authors call this option lognormal, as t / (1 - t) is exp(n).)"""
     if times != "lognormal":
         raise ValueError(f"times must be uniform or lognormal, not {times}")
-    odds = torch.randn_like(images[:, :1, :1, :1]).exp()
-    return odds / (1 + odds)
+    n = torch.randn(len(images), 1, 1, 1, dtype=images.dtype, device=images.device)
+    return n.exp() / (1 + n.exp())  # the sigmoid
 
 
 # -------------------------------------------------------------------------------------- the sampler
@@ -280,7 +281,8 @@ def draw_times(images, times):
 def guided_velocity(model, x, t, y, cfg, dtype):
     """The velocity at x (B, C, H, H) and time t, a float. dtype: the model's; x may be float64.
 
-    cfg > 1, classifier-free guidance: goes further along velocity(class) - velocity(any image)."""
+    cfg > 1 is classifier-free guidance: from velocity(any image), go cfg times the way to
+    velocity(class). With 1 one is there; with 2, it is twice as far."""
     t = torch.full((len(y),), t, dtype=dtype, device=y.device)  # (B,)
     if cfg <= 1:
         return model(x.to(dtype), t, y).to(x.dtype)
@@ -297,7 +299,8 @@ def sample(model, noise, y, steps=50, method="euler", cfg=1.0, interval=(0, 1), 
     """noise (B, C, H, H), classes y (B,) -> images (B, C, H, H), by going from t = 1 to t = 0.
 
     euler: each step follows the velocity at its start. heun: the mean of that and the velocity at
-    its end, at nearly twice the cost. cfg: guidance, in steps that start at a time in `interval`.
+    its end (but not the last step), at nearly twice the cost. cfg: guidance, in steps that start at
+    a time in `interval`.
     `generator` is not used: it is here so that sample and sample_sde are called in the same way.
     To copy this, also copy: guided_velocity.
     """
@@ -328,15 +331,11 @@ def sample_sde(model, noise, y, steps=50, cfg=1.0, interval=(0, 1), generator=No
 
     To copy this, also copy: guided_velocity.
     """
-    # The score, d log p(x_t) / d x_t, points to where x_t is more likely. For a given image, x_t is
-    # normal with mean (1 - t) image and std t, so the score is -(x_t - (1 - t) image) / t^2, which
-    # is -n / t for the noise n in x_t. In truth, x_t can come from many images: then take the mean
-    # of their n. The model's v is the mean of their velocities, so it tells this, too:
-    #     x_t = (1 - t) image + t n  and  v = n - image  give  n = x_t + (1 - t) v.
-    # `sample` steps by dt v. Now let each step add noise of variance w |dt|, for any w >= 0.
-    # If steps are small, x keeps its distribution if it also goes up the score, by
-    # dt (v - w / 2 * score), where dt < 0 (Song et al. 2021, arXiv 2011.13456, prove it).
-    # REPA's code has w = 2 t. As the score is -n / t, a step is then dt (v + n).
+    # The velocity tells how much noise n is in x:
+    #     x = (1 - t) image + t n  and  v = n - image  give  n = x + (1 - t) v.
+    # `sample` steps by dt v. Here a step is dt (v + n), which removes more noise, and then fresh
+    # noise of variance 2 t |dt| is added. With small steps, x is at each time t distributed as
+    # with `sample`: Song et al. 2021 (arXiv 2011.13456) prove it; their score is -n / t here.
     # Many small steps are added up: in float64, where the device has it.
     x = noise.to(torch.float32 if noise.device.type == "mps" else torch.float64)
 
@@ -349,11 +348,11 @@ def sample_sde(model, noise, y, steps=50, cfg=1.0, interval=(0, 1), generator=No
         if interval[0] <= t <= interval[1]:
             strength = cfg
         v = guided_velocity(model, x, t, y, cfg=strength, dtype=noise.dtype)
-        score = -(x + (1 - t) * v) / t
-        x = x + dt * (v - t * score)  # w / 2 = t
+        n = x + (1 - t) * v
+        x = x + dt * (v + n)
         if i + 1 < steps:
             fresh = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-            std = math.sqrt(2 * t * -dt)  # variance w |dt|
+            std = math.sqrt(2 * t * -dt)
             x = x + std * fresh
     return x.to(noise.dtype)
 
@@ -362,7 +361,8 @@ def sample_sde(model, noise, y, steps=50, cfg=1.0, interval=(0, 1), generator=No
 
 
 class Teacher(nn.Module):
-    """A ViT encoder: images (B, 3, H, W), normalized -> patch tokens (B, N, D), no class token.
+    """A ViT encoder: images (B, 3, H, W), normalized -> patch tokens (B, N, D). A class token, if
+    the weights have one, is used inside, and not returned.
 
     To copy this, also copy: Block, Attention, MLP, LayerNorm, PatchEmbed, patchify, sincos_2d,
     gelu_tanh, data.resize_table.
@@ -469,8 +469,8 @@ def train_teacher(args, dataset, amp):
 
 
 def pick_teacher(args, dataset, amp, out):
-    """The frozen teacher; None with --align 0 and no --teacher. --align 0 with a --teacher is a
-    control: the model gets a projector that nothing trains or uses. It must train as plain SiT."""
+    """The frozen teacher; None with --align 0 and no --teacher. (--align 0 with a --teacher is a
+    test: the model gets a projector that nothing uses, so the result is that of plain SiT.)"""
     path = out / "teacher.pt"  # beside checkpoint.pt, so that --resume finds it
     # With --resume, a run goes on if there is its checkpoint.pt, else it begins anew.
     is_kept = args.resume and path.exists() and (out / "checkpoint.pt").exists()
@@ -556,9 +556,9 @@ def frechet_scores(model, dataset, args, amp):
 
 def probe_by_block(model, dataset, amp):
     """The paper's curve, [(block, accuracy of a linear probe)]. The probe is trained on four fifths
-    of at most 5000 training images, and tested on the last fifth. The default teacher has seen the
-    labels of these, too, and might hand them on; but on test images, accuracies differ by at most
-    0.014 (seeds 1, 2)."""
+    of at most 5000 training images, and tested on the last fifth. (The default teacher was trained
+    with the labels of that fifth, too. With test images in its place, each accuracy changes by at
+    most 0.014: seeds 1, 2.)"""
     images = dataset.train_images[:5000]
     y = dataset.train_labels[:5000]
     split = len(y) - len(y) // 5  # the first image that the probe does not learn from
@@ -648,8 +648,8 @@ def learning_rate(step, args):
 
 
 def build(args, teacher_dim):
-    """A new model with the sizes in the options; teacher_dim=0: without a projector. (open_data has
-    put class_names into args.)"""
+    """A new model with the sizes in the options; teacher_dim=0: without a projector. class_names
+    are put into args by open_data."""
     return SiT(image_size=args.image_size, patch_size=args.patch_size,
                dim=args.dim, depth=args.depth, heads=args.heads,
                num_classes=len(args.class_names), align_depth=args.align_depth,
@@ -719,7 +719,7 @@ def train(args):
     start, scores = data.resume(args, "repa", model=model, ema=ema, optimizer=optimizer)
     loss_function = torch.compile(model.loss) if args.compile else model.loss
     if not args.load and args.align > 0:  # the teacher is asked once, for all epochs
-        tokens = teacher_tokens(teacher, dataset, dataset.train_images, grid=model.grid, amp=amp)
+        all_z = teacher_tokens(teacher, dataset, dataset.train_images, grid=model.grid, amp=amp)
 
     def save(step, scores):
         data.save_checkpoint(out / "checkpoint.pt", script="repa", model=model.state_dict(),
@@ -738,8 +738,8 @@ def train(args):
         index = index.to(device)
         images = dataset.normalize(dataset.train_images[index])
         z = None
-        if args.align > 0 and step < (args.align_until or args.steps):
-            z = tokens[index]  # (B, N, Z)
+        if args.align > 0 and (args.align_until is None or step < args.align_until):
+            z = all_z[index]  # (B, N, Z)
         with amp:
             loss, parts = loss_function(images, dataset.train_labels[index], z, align=args.align,
                                         label_dropout=args.label_dropout, times=args.times)
@@ -757,7 +757,7 @@ def train(args):
         if progress.due(step):
             save(step + 1, scores)
 
-    # Scores and pictures of `ema`, the averaged weights; training.svg shows the losses of `model`.
+    # Scores and pictures of `ema`, the averaged weights; training.svg is about `model`.
     if args.label_dropout == 1:
         use_null_class(ema)
     scores["velocity"] = velocity_error(ema, dataset, amp)

@@ -9,7 +9,7 @@ shifted object is the same object), it must learn from labeled examples, so it n
 E is the linear map of the patches, and [a; b] puts a before b, as in the paper's equation 1.
 
     python vit.py                                      # the default data set, "shapes"
-    python vit.py --data cifar10 --steps 17000         # 20 minutes with AMX, else hours
+    python vit.py --data cifar10 --steps 17000         # 20 minutes on a CPU with AMX
     python vit.py --init out/mae/checkpoint.pt --out out/tuned    # fine-tune a trained encoder
     python vit.py --train-images 1000 --out out/few    # train on few images; compare with a CNN
 
@@ -65,9 +65,9 @@ class ViT(nn.Module):
         self.init_weights()
 
     def set_head(self, num_classes):
-        """A new head, all zero: the first loss is then log K exactly. (The head's gradient is made
-        of the features, so it is not zero. The layers below get theirs from the second step on.)
-        0 classes: no head."""
+        """A new head, all zero: the first loss is then log K exactly. (In the first step only the
+        head learns, as the gradient of the layers below is a multiple of its weights. They follow
+        in the second.) 0 classes: no head."""
         self.num_classes = num_classes
         self.head = nn.Identity()
         if num_classes > 0:
@@ -78,8 +78,9 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Google's: Xavier for the matrices of the blocks, LeCun's for the patch projection, zero
-        for the head, the class token and most biases. Ours: positions, see difference 1 above."""
+        """Google's: Xavier for the matrices of the blocks; for the patch projection LeCun's, std =
+        1 / sqrt(inputs); zero for the head, the class token and most biases. Ours: positions, see
+        difference 1 above."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -115,10 +116,11 @@ class ViT(nn.Module):
         # 2. Create sequence of length N = HW / P^2.
         # 3. Flatten the patches ...
         x = patchify(images, self.patch_size)  # (B, N, P*P*3): 16 * 16 * 3 = 768 for P = 16
-        # ... and map to D dimensions with a trainable linear projection.
+        # ... and map to D dimensions with a trainable linear projection. (Its matrix is stored in
+        # the shape of a convolution's weight, (D, 3, P, P), as in the released files.)
         x = self.patch_embed(x)  # (B, N, D)
         # 4. Add a learned 1-D position embedding: a table with a row for each index of a sequence.
-        # Nothing here says which patch lies above which; only its initial values do (difference 1).
+        # (Here it starts with values that tell rows and columns, difference 1.)
         x = x + self.pos_embed[:, self.extra:]
         # 5. Include a learnable [class] embedding. It has a position embedding, too.
         if self.cls_token is not None:
@@ -152,8 +154,8 @@ class ViT(nn.Module):
     def adapt(self, num_classes=None, image_size=None):
         """For fine-tuning (section 3.2). num_classes: a new head. image_size: the position table is
         interpolated to the new number of patches (bicubic, as in timm; Google's code: bilinear);
-        UserError if patches do not divide image_size. Class token and last norm are kept, also for
-        an encoder of MAE, whose authors take the mean of the patches and a new norm instead."""
+        UserError if patches do not divide image_size. Class token and last norm are kept. (MAE's
+        authors take the mean of the patches and a new norm instead.)"""
         if image_size is not None:
             if image_size % self.patch_size:
                 raise UserError(f"patches of {self.patch_size} pixels do not divide images of "
@@ -169,7 +171,7 @@ class ViT(nn.Module):
         """From a vit, mae or jepa checkpoint of this repository, or a file of timm (state dict),
         Google (.npz), MAE, I-JEPA (target encoder) or DINOv2; else UserError. num_classes and
         image_size: see `adapt`. heads: the number of attention heads, which a released file does
-        not store; None: that of the released model with this D."""
+        not store; None: the usual number for its width D, such as 12 for 768."""
         with data.errors_become(f"{path}: does not hold a ViT encoder"):
             state, sizes = data.read_encoder(path, heads=heads)
             model = cls(**sizes)
@@ -196,14 +198,16 @@ def attention_maps(model, images):
 def attention_distance(maps, patch_size):
     """Figure 7 right: the mean distance in pixels from a patch to all patches, weighted by how much
     it attends to each; (layers, B, h, 1 + N, 1 + N) -> (layers, h)."""
-    n = math.isqrt(maps.shape[-1])  # the side of the grid: isqrt of n^2 and of 1 + n^2 is n
+    # The side of the grid. isqrt rounds down: it is n for n^2 tokens, and with a class token, too.
+    n = math.isqrt(maps.shape[-1])
     # Leave out the class token, which is nowhere in the image. Scale the rest to the sum 1 again.
     maps = maps[..., -n * n:, -n * n:]
     maps = maps / maps.sum(dim=-1, keepdim=True)
     steps = torch.arange(n, dtype=maps.dtype, device=maps.device) * patch_size
     corners = torch.cartesian_prod(steps, steps)  # of the patches, in reading order, (N, 2)
     distance = torch.cdist(corners, corners)  # (N, N)
-    return (maps * distance).sum(dim=-1).mean(dim=(1, 3))  # over images and over patches
+    by_patch = (maps * distance).sum(dim=-1)  # (layers, B, h, N)
+    return by_patch.mean(dim=(1, 3))
 
 
 def rollout(maps):
@@ -211,7 +215,8 @@ def rollout(maps):
     (layers, B, h, 1 + N, 1 + N) -> (B, 1, n, n), one number for each patch of the n x n grid; the
     largest of an image is 1."""
     identity = torch.eye(maps.shape[-1], device=maps.device)
-    flow = identity  # flow[i, j]: how much of the first layer's token j is in token i
+    # flow[i, j] of an image: how much of token j of the input is in token i, so far.
+    flow = identity
     for layer in maps.mean(dim=2):  # the heads' mean, (B, 1 + N, 1 + N)
         # Rollout assumes that half of a token comes through the attention, half past it, along the
         # residual path.
@@ -234,11 +239,12 @@ def stretch(images):
 
 @torch.no_grad()
 def draw_filters(model, out):
-    """Figure 7 left: the first 28 principal components, as there, of the D filters of the patch
-    embedding. (A filter is the weights that make one number of a token from the pixels.)"""
+    """Figure 7 left: as in the paper, the first 28 principal components of the D filters of the
+    patch embedding. (A filter is the weights that make one number of a token from the pixels.)"""
     weight = model.patch_embed.proj.weight  # (D, 3, P, P)
     filters = (weight - weight.mean(dim=0)).flatten(1)
-    components = torch.linalg.svd(filters, full_matrices=False).Vh  # one a row, (.., 3*P*P)
+    # The rows of Vh are the principal components, the most important first: (.., 3*P*P).
+    components = torch.linalg.svd(filters, full_matrices=False).Vh
     images = components[:28].unflatten(1, weight.shape[1:])
     data.save_png(out / "filters.png", stretch(images), columns=7)
 
@@ -248,8 +254,8 @@ def draw_positions(model, out):
     """Figure 7 center: one tile for each patch, the cosine similarity of its position embedding
     with those of all patches. In the paper's figure, training has made the rows and columns that
     one sees; a new model here has them from the start (difference 1). The mean embedding is
-    subtracted first: what all have in common would make them all similar. Each tile goes from black
-    to white by itself."""
+    subtracted first: what all have in common would make them all similar. In each tile, the
+    smallest value is black and the largest white."""
     table = model.pos_embed[0, model.extra:]  # (N, D)
     table = F.normalize(table - table.mean(dim=0), dim=1)
     similarity = table @ table.T  # (N, N)
@@ -373,7 +379,7 @@ def layer_groups(model, args):
 
 
 def build(args):
-    """A new model with the sizes in the options. (open_data has put class_names into args.)"""
+    """A new model with the sizes in the options. class_names are put into args by open_data."""
     return ViT(image_size=args.image_size, patch_size=args.patch_size,
                dim=args.dim, depth=args.depth, heads=args.heads,
                num_classes=len(args.class_names))
@@ -385,8 +391,8 @@ def read_model(args):
     path = args.load or args.init
     checkpoint = pathlib.Path(args.out) / "checkpoint.pt"
     if args.init and args.resume and checkpoint.exists():
-        # Read this run's own checkpoint: it has the same sizes and the same normalization, and the
-        # file of --init may be gone by now. (data.resume loads the weights, later.)
+        # A fine-tuning that goes on: sizes and normalization are in its own checkpoint, too, and
+        # the file of --init may be gone by now. (The weights come later, from data.resume.)
         path = checkpoint
     model = ViT.from_pretrained(path)
     args.patch_size = model.patch_size
@@ -397,7 +403,7 @@ def read_model(args):
         args.mean, args.std = data.statistics(path)
     else:
         args.mean, args.std = data.NORMALIZE[args.normalize]
-    # heads and tanh_gelu go into the checkpoint's args: no tensor shows them to read_encoder.
+    # Keep these two in the checkpoint's args: the shapes of the weights do not tell them.
     args.heads = model.blocks[0].attn.heads
     args.tanh_gelu = model.tanh_gelu
     if args.load:
@@ -422,11 +428,11 @@ def train(args):
     torch.manual_seed(args.seed)
     if args.init:
         model.adapt(K, args.image_size)  # a trained encoder, a new head
-    elif not args.load:
+    elif not args.load:  # a new one
         model = build(args)
     model.to(device)
     optimizer = torch.optim.AdamW(layer_groups(model, args), fused=device.type != "mps")
-    # Without --resume, this is 0 and {}, and changes nothing.
+    # Without --resume: start is 0, scores is {}, and model and optimizer stay as they are.
     start, scores = data.resume(args, "vit", model=model, optimizer=optimizer)
     loss_function = torch.compile(model.loss) if args.compile else model.loss
 
@@ -470,8 +476,8 @@ def train(args):
 
     # Scores and pictures.
     model.eval()
-    # A trained model always has an accuracy; a file of --load may have no head, or one for other
-    # classes, as far as has_classes can tell.
+    # The accuracy needs a head for these classes. A trained model has it; a file of --load may have
+    # none, or one for other classes: has_classes looks for that.
     if model.num_classes == K and data.has_classes(args.load, dataset):
         scores["accuracy"] = score_classifier(model, dataset, amp)
     if args.train_images:
