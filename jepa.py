@@ -1,8 +1,8 @@
 """I-JEPA: "... a Joint-Embedding Predictive Architecture", Assran et al. 2023, arXiv 2301.08243.
 
-An encoder sees a part of the image, the context (the slide's "one block"), a second one the whole
-image. A predictor predicts what the second one outputs for the masked blocks: meaning, not pixels.
-The second slowly follows the first: if gradients trained it, too, all outputs could become equal.
+An encoder sees the context (the slide's "one block"; here, all that is not masked), a second one
+the whole image. A predictor predicts what the second outputs for the masked blocks: meaning, not
+pixels. The second slowly follows the first: with gradients, all outputs could become equal.
 
     loss = mean smooth_l1(predictor(encoder(context), masked), norm(target_encoder(image))[masked])
 
@@ -15,7 +15,7 @@ Default run, seeds 0, 1, 2: linear probe 0.752, 0.665, 0.647 (untrained 0.305, r
 Differences from the paper:
 1. norm is `center_targets`: in so short a run, LayerNorm's targets teach little (probe 0.328).
 2. Masked: blocks of 2 x 2 patches, 60 % of the image, all predicted together; context: the rest.
-3. MAE's initial weights, larger for patches; momentum 0.99 to 0.999 (paper: 0.996 to 1); constant
+3. Weights start as MAE's, larger for patches; momentum 0.99 to 0.999 (paper: 0.996 to 1); constant
    weight decay; flip and shift, no crops; gradients are clipped at norm 1.
 """
 
@@ -78,7 +78,8 @@ class Encoder(nn.Module):
 
 class Predictor(nn.Module):
     """z (B, n, D), the encoder's output for the patches context_idx (B, n) -> (B, K, D): predicted
-    representations of the patches target_idx (B, K), which together are one target.
+    representations of the patches target_idx (B, K). These K patches are one target: all that is
+    predicted in one call. The paper has M = 4 targets an image, each a block.
 
     To copy this, also copy: Block, Attention, MLP, LayerNorm, sincos_2d.
     """
@@ -98,20 +99,20 @@ class Predictor(nn.Module):
         positions = self.predictor_pos_embed[0]  # (N, predictor_dim)
         context = self.predictor_embed(z) + positions[context_idx]  # (B, n, predictor_dim)
         # Mask tokens differ only in their position. Each asks: what is here?
-        queries = self.mask_token + positions[target_idx]  # (B, K, predictor_dim)
-        x = torch.cat([context, queries], dim=1)  # (B, n + K, predictor_dim)
+        mask_tokens = self.mask_token + positions[target_idx]  # (B, K, predictor_dim)
+        x = torch.cat([context, mask_tokens], dim=1)  # (B, n + K, predictor_dim)
         for block in self.predictor_blocks:
             x = block(x)
-        x = x[:, context_idx.shape[1]:]  # (B, K, predictor_dim): the queries alone
+        x = x[:, context_idx.shape[1]:]  # (B, K, predictor_dim): the mask tokens alone
         return self.predictor_proj(self.predictor_norm(x))
 
 
 class IJEPA(nn.Module):
     """An `encoder`, a `predictor`, and a `target_encoder`, the slow average of the encoder.
 
-    predictor_heads: by default as many as the encoder has. center: the targets are
-    `center_targets` of the target encoder's output, as in this script's default run; else its
-    LayerNorm, as in the authors' code. After each step of a training, call `update_target`.
+    predictor_heads: by default as many as the encoder has. center=True (so in this script's default
+    run): the targets are `center_targets` of the target encoder's output; False: its LayerNorm, as
+    in the authors' code. After each step of a training, call `update_target`.
     To copy this, also copy: Encoder, Predictor, center_targets, take, Block, Attention, MLP,
     LayerNorm, PatchEmbed, patchify, sincos_2d.
     """
@@ -131,16 +132,17 @@ class IJEPA(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """MAE's: Xavier for the Linear layers, zero biases, std 0.02 for the mask token. The patch
-        projection is this repository's."""
+        """Random, as in MAE's code: Xavier for the Linear layers, zero biases, std 0.02 for the
+        mask token. Only the patch projection gets another std, see below."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)  # q, k, v: as one (3 D, D) matrix
+                # q, k and v are one matrix (3 D, D), as in MAE's code; three would be larger.
+                nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Conv2d):  # in PatchEmbed: a linear map, stored as a Conv2d
+            elif isinstance(module, nn.Conv2d):  # in PatchEmbed, which uses its weight as a matrix
                 # From 3 P^2 numbers of size 1, weights of this std make outputs of size 1. With
                 # std 0.02, as by I-JEPA's authors, they would be of size 0.02 sqrt(48) = 0.14 for
                 # P = 4, and the positions are of size 0.7: what the patch shows would hardly count.
@@ -150,13 +152,12 @@ class IJEPA(nn.Module):
         self.target_encoder.load_state_dict(self.encoder.state_dict())  # both start equal
 
     def loss(self, images, context_idx, target_idx):
-        """context_idx (B, n), target_idx (M, B, K): M targets of K patches (multiblock_masks: each
-        is a block). Returns (loss, predictions (M, B, K, D)); the loss is the mean over all these.
+        """context_idx (B, n), target_idx (M, B, K): M targets of K patches. Returns (loss,
+        predictions (M, B, K, D)); the loss is the mean over all these.
 
         smooth_l1, and LayerNorm if not center, are those of the authors' code; the paper has L2."""
         z = self.encoder(images, context_idx)  # (B, n, D): sees the context alone
-        with torch.no_grad():  # the slide's stop-gradient: the targets are given, not trained
-            h = self.targets(images)  # (B, N, D): sees the whole image
+        h = self.targets(images)  # (B, N, D): sees the whole image; without gradient
         losses = []
         predictions = []
         for idx in target_idx:  # one target after another, (B, K), each by itself
@@ -165,6 +166,7 @@ class IJEPA(nn.Module):
             predictions.append(pred)
         return torch.stack(losses).mean(), torch.stack(predictions)
 
+    @torch.no_grad()  # the stop-gradient: targets are given, the loss does not train them
     def targets(self, images):
         """What the predictor has to find for each patch, (B, 3, H, H) -> (B, N, D)."""
         h = self.target_encoder(images)
@@ -217,7 +219,7 @@ def center_targets(h):
 
     What is left cannot be guessed from the position or the overall color alone: it is how this
     patch differs from the rest of its image. To predict it, one must know what the image shows.
-    Linear probe of the encoder, seeds 0, 1, 2: 0.752, 0.665, 0.647, with LayerNorm's targets 0.328,
+    Linear probe after training, seeds 0, 1, 2: 0.752, 0.665, 0.647, with LayerNorm's targets 0.328,
     0.344, 0.296.
     """
     h = h - h.mean(dim=0, keepdim=True)  # what all images have in common at this position goes
@@ -228,16 +230,15 @@ def center_targets(h):
 class WithoutStopGradient(IJEPA):
     """The experiment --no-stop-grad: the trained encoder itself gives the targets, and the loss may
     change them, too, until they are easy to predict and empty (collapse: the same for all images,
-    or in few directions). The scores still use target_encoder: --no-ema, too, makes it the same as
-    the encoder.
+    or in few directions). The scores still use target_encoder, which here only follows the encoder;
+    with --no-ema, it equals the encoder.
     To copy this, also copy: IJEPA, Encoder, Predictor, center_targets, take, Block, Attention, MLP,
     LayerNorm, PatchEmbed, patchify, sincos_2d.
     """
 
     def targets(self, images):
-        with torch.enable_grad():  # although `loss` asks for none
-            h = self.encoder(images)
-            return self.normalize(h.to(images.dtype))
+        h = self.encoder(images)
+        return self.normalize(h.to(images.dtype))
 
 
 # --------------------------------------------------------------------------------------- the masks
@@ -245,7 +246,7 @@ class WithoutStopGradient(IJEPA):
 
 def multiblock_masks(B, grid, number=4, scale=(0.15, 0.2), aspect=(0.75, 1.5), min_keep=4):
     """The paper's masks of grid x grid patches: `number` target blocks, and as context a large
-    block without the targets, of at least min_keep patches (authors: 11)
+    block without the targets, with at least min_keep patches left (authors: 11, on larger grids)
     -> context_idx (B, n), target_idx (number, B, K), int64. UserError if they do not fit.
 
     The authors' code differs: it never uses the last row and column, one random number decides both
@@ -268,9 +269,9 @@ def multiblock_masks(B, grid, number=4, scale=(0.15, 0.2), aspect=(0.75, 1.5), m
             noise = torch.rand(B, grid**2)
             context_idx = (context + noise).topk(n, dim=1).indices
             # 6. From booleans to indices: nonzero gives a row (block, image, patch) for each True,
-            # sorted by block, then image. All blocks have the same number of patches, K.
+            # sorted by block, then image.
             by_block = targets.transpose(0, 1)  # (number, B, N)
-            patch = by_block.nonzero()[:, 2]  # (number * B * K,)
+            patch = by_block.nonzero()[:, 2]  # (number * B * K,): each block has K patches
             return context_idx, patch.reshape(number, B, -1)
     raise UserError(f"{number} target blocks leave fewer than {min_keep} of {grid} x {grid} "
                     "patches as context; use a smaller --patch-size, or --masking random")
@@ -317,7 +318,8 @@ def block_masks(B, grid, share=0.6, side=2):
     size = side**2 / N  # share of the image
     blocks = rectangles(B, grid, number=N, scale=(size, size), aspect=(1.0, 1.0))
     # 2. Imagine them placed one after another. `first` is, for each patch, the number of the first
-    # block that covers it, from 0 on; N if none does.
+    # block that covers it, from 0 on; N if none does. With first = 2, 0, 0, 5, ... patches 1 and 2
+    # are covered first, then patch 0, then patch 3.
     block_number = torch.arange(N)[:, None]  # (N, 1); blocks is (B, N blocks, N patches)
     first = torch.where(blocks, block_number, N).amin(dim=1)  # (B, N patches)
     # 3. The K patches that are covered first are the target. The last block may be cut. (stable:
@@ -396,9 +398,9 @@ def draw_masks(model, dataset, out, args):
 
 @torch.no_grad()
 def draw_predictions(model, dataset, out, args, amp):
-    """8 test images, four panels each: original | context | in place of each target patch, that
-    patch of 500 training images whose representation is nearest to the prediction | the same search
-    with the true target in place of the prediction: what a perfect predictor would give."""
+    """8 test images, four panels each: original | context | each target patch replaced: of all
+    patches of 500 training images, the one whose representation is nearest to the prediction | the
+    same with the true target in place of the prediction: what a perfect predictor would give."""
     P = model.encoder.patch_size
     grid = model.encoder.grid
     images = dataset.normalize(dataset.test_images[:8])
@@ -458,7 +460,7 @@ SIZES = {  # B, L, H and g are the paper's; a predictor has as many heads as its
               predictor_dim=384, predictor_depth=12),
     "H": dict(patch_size=14, dim=1280, depth=32, heads=16,
               predictor_dim=384, predictor_depth=12),
-    "g": dict(patch_size=16, dim=1408, depth=40, heads=16, mlp_ratio=48 / 11,
+    "g": dict(patch_size=16, dim=1408, depth=40, heads=16, mlp_ratio=48 / 11,  # MLP: 6144
               predictor_dim=384, predictor_depth=16),
 }
 
