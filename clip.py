@@ -56,7 +56,7 @@ class ImageTransformer(nn.Module):
         self.patch_size = patch_size
         self.grid = image_size // patch_size
         self.patch_embed = PatchEmbed(dim, patch_size)
-        self.patch_embed.proj.bias = None  # CLIP's patches have none
+        self.patch_embed.proj.bias = None  # CLIP's patch projection has no bias
         self.cls_token = nn.Parameter(torch.zeros(dim))
         self.pos_embed = nn.Parameter(torch.zeros(1 + self.grid**2, dim))  # row 0: class token
         self.norm_pre = LayerNorm(dim, eps=1e-5)
@@ -72,7 +72,7 @@ class ImageTransformer(nn.Module):
         nn.init.normal_(self.patch_embed.proj.weight, std=(3 * P**2) ** -0.5)
         nn.init.normal_(self.cls_token, std=dim**-0.5)
         nn.init.normal_(self.pos_embed[0], std=dim**-0.5)
-        self.pos_embed[1:] = sincos_2d(dim, self.grid)  # how it starts: it is trained
+        self.pos_embed[1:] = sincos_2d(dim, self.grid)  # start values: the table is trained
         for block in self.blocks:
             nn.init.normal_(block.attn.qkv.weight, std=dim**-0.5)  # Xavier for each of q, k, v
             nn.init.normal_(block.attn.proj.weight, std=dim**-0.5)  # Xavier: dim -> dim
@@ -129,8 +129,8 @@ class TextTransformer(nn.Module):
                 nn.init.zeros_(linear.bias)
 
     def tokens(self, ids, prefix=None):
-        """ids (B, N) -> (B, N, D). prefix (B, n, D): vectors to put before those of the tokens,
-        without positions: Captioner puts the image there."""
+        """ids (B, N) -> (B, N, D). prefix (B, n, D): only for Captioner, far below, which puts n
+        vectors of the image before those of the tokens."""
         N = ids.shape[1]
         x = self.token_embed(ids) + self.pos_embed[:N]  # (B, N, D)
         if prefix is not None:
@@ -144,7 +144,7 @@ class TextTransformer(nn.Module):
         # Attention is causal: the padding after [EOS] changes nothing. To save time, cut it off
         # after the longest text of the batch.
         x = self.tokens(ids[:, :eos.max() + 1])  # (B, N, D)
-        return x[torch.arange(len(x), device=x.device), eos]
+        return x[torch.arange(len(x), device=x.device), eos]  # of text b, the vector at eos[b]
 
 
 class CBOW(nn.Module):
@@ -166,7 +166,7 @@ class CBOW(nn.Module):
         position = torch.arange(ids.shape[1], device=ids.device)
         is_text = position <= eos  # (B, N): not the padding
         x = self.token_embed(ids) * is_text[:, :, None]  # (B, N, D)
-        return x.sum(1) / (eos + 1)
+        return x.sum(1) / (eos + 1)  # the number of its tokens, at positions 0 to eos
 
 
 def transformer_layers(dim, depth, heads, exact_gelu=False, causal=False):
@@ -187,7 +187,7 @@ def eos_position(ids):
 
 def l2_normalize(x, axis):
     """Vectors of length 1, in float32 or float64: bfloat16 is too coarse for cosines."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 to float32, no other
     return x / x.norm(dim=axis, keepdim=True)
 
 
@@ -257,13 +257,13 @@ class CLIP(nn.Module):
         return logits
 
     def loss(self, I, T):
-        """The slide's last four lines: -> loss, logits (B, B). As in the paper, an equal caption of
-        another image of the batch counts as wrong, too."""
+        """The slide's last four lines: -> loss, logits (B, B). As in the paper, if two images of
+        the batch have equal captions, each one's still counts as wrong for the other."""
         logits = self(I, T)
         # symmetric loss function
         labels = torch.arange(len(logits), device=logits.device)
         # cross_entropy takes each row as one example: an image and all texts. For a text and all
-        # images, transpose. (Whichever of the two is the slide's axis=0: the sum is the same.)
+        # images, transpose. (Which of the two the slide calls axis=0 does not matter for the sum.)
         loss_i = F.cross_entropy(logits, labels)  # a row: which text belongs to this image
         loss_t = F.cross_entropy(logits.T, labels)  # a column: which image belongs to this text
         loss = (loss_i + loss_t) / 2
@@ -282,8 +282,9 @@ class CLIP(nn.Module):
         return self.W_t(self.text_encoder(ids))
 
     def classifier(self, prompts):
-        """Slide "Zero-Shot", (2): prompts (K, M, 77), M for each class. Returns a function that
-        gives the logits (B, K) of images (B, 3, H, H); its weights are mean prompt embeddings."""
+        """Slide "Zero-Shot", (2): prompts (K, M, 77), M for each class. Returns a linear
+        classifier, images (B, 3, H, H) -> logits (B, K): each class has one vector, the mean of the
+        embeddings of its M prompts."""
         T_e = []
         for T in prompts:  # (M, 77): the prompts of one class
             T_e.append(l2_normalize(self.encode_text(T), axis=1).mean(0))
@@ -330,6 +331,7 @@ def zero_shot(model, dataset, parts, prompts, amp, limit=None):
         classify = model.classifier(prompts)
     scores = {}
     for part, (images, targets) in parts.items():
+        # extract normalizes the images, and calls classify batch by batch, without gradients.
         logits = data.extract(classify, dataset, images[:limit], amp)  # (number of images, K)
         is_correct = logits.argmax(1) == targets[:limit]
         scores[f"zero_shot_{part}"] = is_correct.float().mean().item()
@@ -432,7 +434,7 @@ class Tokenizer:
         words = {symbols(word): count for word, count in words.items()}
 
         merges = []
-        while len(merges) < vocab_size - 514:  # 512 bytes, [SOS] and [EOS] are there already
+        while len(merges) < vocab_size - 514:  # 2 * 256 bytes, [SOS] and [EOS] are there
             # How often does each pair of neighbors occur?
             pairs = collections.Counter()
             for word, count in words.items():
@@ -463,7 +465,8 @@ class Tokenizer:
             return cls(merges)
 
     def encode(self, text):
-        """A text -> the list of its tokens' ids, without [SOS] and [EOS]."""
+        """A text -> the list of its tokens' ids, without [SOS] and [EOS]. (clean_text also makes it
+        lower-cased, as the slide says.)"""
         ids = []
         for word in self.pattern.findall(data.clean_text(text)):
             if word not in self.known:
@@ -569,7 +572,7 @@ def draw_similarity(model, dataset, tokenizer, out, amp):
         logits = model(dataset.normalize(images), ids)
     similarity = logits.T  # (text, image)
     similarity = (similarity - similarity.min()) / (similarity.max() - similarity.min())
-    ink = torch.tensor([1, 0.7, 0.3], device=images.device)  # 1 - ink is dark blue
+    ink = torch.tensor([1, 0.7, 0.3], device=images.device)  # white minus ink is dark blue
     squares = 1 - similarity[:, :, None] * ink  # (text, image, 3)
     H = dataset.image_size
     squares = squares[:, :, :, None, None].expand(-1, -1, -1, H, H)
@@ -591,8 +594,8 @@ def draw_zero_shot(out, folders):
 
 # ---------------------------------------------------------------------- what CLIP was compared with
 #
-# You can skip this section. The paper's other image encoder, and the two objectives on the slide
-# "Contrastive Loss" that learn more slowly: predict the caption's words, or write the caption.
+# You can skip this section: the paper's other image encoder, a ResNet, and the two objectives on
+# the slide "Contrastive Loss" that learn more slowly: predict the caption's words, or write it.
 
 
 def conv_and_norm(channels, width, side, stride=1):
@@ -625,7 +628,7 @@ class Bottleneck(nn.Module):
 
 class ResNet(nn.Module):
     """Images (B, 3, H, H), normalized -> I_f (B, 4 * dim). A usual ResNet ends with the mean over
-    all positions; in CLIP's, a layer of attention decides what each position counts.
+    all positions; in CLIP's, attention decides how much weight each position gets.
 
     depth: the number of layers in each stage, (3, 4, 6, 3) for RN50; a single number is divided
     among two stages. dim: the inner width of the last stage, whose output has 4 * dim. Each earlier
@@ -641,8 +644,8 @@ class ResNet(nn.Module):
         # Sides shrink by this factor: 4 in the stem, and 2 in each stage but the first.
         self.patch_size = 2 ** (number + 1)
         self.grid = image_size // self.patch_size
-        # 4 * dim must be a multiple of 64, the width of a head in the attention. The first stage is
-        # dim / 2^(number - 1) wide, and the stem half of this: so 2^number must divide dim.
+        # 4 * dim must be a multiple of 64, the width of a head in the attention. The stem begins
+        # with dim / 2^number channels, so 2^number must divide dim.
         if image_size % self.patch_size or dim % 16 or dim % 2**number or min(depth) == 0:
             raise UserError(f"a ResNet of {number} stages needs --image-size divisible by "
                             f"{self.patch_size}, --dim by 16, --depth of at least 2")
@@ -671,7 +674,7 @@ class ResNet(nn.Module):
 
         self.pos_embed = nn.Parameter(torch.zeros(1 + self.grid**2, channels))  # row 0: the mean
         self.pool = Attention(channels, channels // 64)
-        self.pool.proj = nn.Identity()  # W_i takes its place
+        self.pool.proj = nn.Identity()  # CLIP's W_i, which comes next, does its work
 
     @torch.no_grad()
     def init_weights(self):
@@ -691,7 +694,8 @@ class ResNet(nn.Module):
                              f"model is for {side} x {side} pixels")
         x = self.stages(self.stem(images))  # (B, 4 * dim, H / patch_size, W / patch_size)
         x = x.flatten(2).transpose(1, 2)  # (B, N, 4 * dim)
-        # Attention pooling: the mean is the query; keys and values are the mean and all positions.
+        # Attention pooling, a cross-attention: the mean over the positions is the query; keys and
+        # values come from the mean and all positions, the context.
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)  # (B, 1 + N, 4 * dim)
         x = x + self.pos_embed
         return self.pool(x[:, :1], context=x)[:, 0]
@@ -762,7 +766,7 @@ class Captioner(nn.Module):
         # Output i predicts token i + 1, so the last token is no input.
         x = self.clip.text_encoder.tokens(ids[:, :-1], prefix)  # (B, N - 1, D)
         logits = self.head(x).float().transpose(1, 2)  # (B, V, N - 1), as cross_entropy wants it
-        # reduction="none", no mean: a number for each true token, its -log p, (B, N - 1).
+        # reduction="none": one number for each token of the caption, its -log p, (B, N - 1).
         log_p = -F.cross_entropy(logits, ids[:, 1:], reduction="none")
         position = torch.arange(1, ids.shape[1], device=ids.device)
         is_text = position <= eos
@@ -888,8 +892,9 @@ def learning_rate(step, args):
 
 
 def load(args):
-    """-> the model of --load and its tokenizer. Changes args: size of images and patches, and how
-    images are normalized, become the model's; there are no training steps."""
+    """-> the model of --load and its tokenizer. Changes args: the sizes of images and patches
+    become the model's; images are normalized as in our file, or as --normalize says for a released
+    one; there are no training steps."""
     model = CLIP.from_pretrained(args.load, exact_gelu=args.exact_gelu)
     released = not data.is_own(args.load)  # by OpenAI or open_clip
     if released:  # for our own files, data.parse has read mean and std
@@ -917,8 +922,8 @@ def pick_tokenizer(args, dataset):
 def left_and_right(tokenizer, captions):
     """The tokens of "left" and "right", for `mirror`: it mirrors images, and exchanges these two.
 
-    (-1, -1) if no caption has these words, not even inside another word: as this is no token,
-    images are mirrored, and nothing is exchanged.
+    (-1, -1) if "left" and "right" occur in no caption: no token has the id -1, so `mirror` mirrors
+    the images and exchanges nothing.
     (None, None) if one of them has several tokens and cannot be exchanged: nothing is mirrored.
     """
     if not any(word in caption.lower() for caption in captions for word in ("left", "right")):
@@ -940,7 +945,8 @@ def mirror(images, ids, left, right):
     is_mirrored = torch.rand(len(images), device=images.device) < 0.5
     images = torch.where(is_mirrored[:, None, None, None], images.flip(3), images)
     exchanged = torch.where(ids == left, right, ids)
-    exchanged = torch.where(ids == right, left, exchanged)  # ids: as it was before the line above
+    # Compare with ids, not with exchanged: else each left would become left again.
+    exchanged = torch.where(ids == right, left, exchanged)
     return images, torch.where(is_mirrored[:, None], exchanged, ids)
 
 

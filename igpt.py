@@ -13,7 +13,7 @@ layers find out what is in the image, and become features that a linear classifi
 
 Default run, seed 0, float32: 0.208 nats per pixel (1.870 for a model that knows only how frequent
 each color is); a linear probe on the best layer, 2 of 8, has an accuracy of 0.410 (the same layer
-untrained: 0.264, raw pixels: 0.331). With seed 1, it has 0.332, less than raw pixels (0.350).
+untrained: 0.264, raw pixels: 0.331); with seed 1, the best layer 0.332, raw pixels 0.350.
 
 Differences from the paper:
 1. 256 tokens (theirs: 1,024 or more), 8 colors (theirs: 512): a short run then learns outlines.
@@ -21,7 +21,7 @@ Differences from the paper:
 3. Images are shifted and flipped; gradients are clipped at norm 1, as in all six scripts.
    Fine-tuning has pre-training's learning rate and cosine (theirs: searched, no cosine).
 4. The position table starts as MAE's of rows and columns (theirs: random): it tells the model what
-   lies above what. Colors and start vector start with std 0.5, not 0.02. All are trained.
+   lies above what. token_embed and the start vector have std 0.5 at first, not 0.02.
 5. 24 heads in XL, an unpublished number: 3072 / 24 = 128 is the width of M's heads.
 """
 
@@ -87,8 +87,8 @@ class ImageGPT(nn.Module):
                 nn.init.ones_(module.weight)
         for block in self.blocks:
             nn.init.normal_(block.attn.qkv.weight, std=dim**-0.5)  # outputs as large as inputs
-            # Smaller with more layers, since each one's output is added to the same sum. (OpenAI
-            # does so in attention alone, not in the MLP.)
+            # Smaller with more layers, since each one's output is added to the same sum. (As in
+            # OpenAI's code, the MLP's output keeps 0.02.)
             nn.init.normal_(block.attn.proj.weight, std=(dim * depth) ** -0.5)
         nn.init.zeros_(self.head.weight)  # all logits are 0: the first loss is log K exactly
         nn.init.zeros_(self.classifier.weight)
@@ -154,9 +154,9 @@ class ImageGPT(nn.Module):
         return loss, class_logits
 
     def features(self, tokens, layer):
-        """tokens (B, N) -> (B, D), the paper's section 2.4: the output of the first `layer` layers
-        (0: the embedded tokens), as the next layer reads it, after its norm1 (after the last layer:
-        the final norm). Then the mean over the N positions."""
+        """tokens (B, N) -> (B, D), the paper's section 2.4: the first `layer` layers (0: none),
+        then the norm that comes next: norm1 of the following layer, or the final norm. Then the
+        mean over the N positions."""
         x = self.embed(tokens)
         for block in self.blocks[:layer]:
             x = block(x)
@@ -220,8 +220,8 @@ class ImageGPT(nn.Module):
     def from_pretrained(cls, path, heads=None):
         """From this script's file, or Hugging Face's ImageGPTForCausalImageModeling state dict. The
         latter has no palette: it stays zero (see data.read_palette). Any other file raises
-        UserError. heads: Hugging Face's weights do not tell it; None: as in the released model of
-        this size. This script's file has its own."""
+        UserError. heads: their number, which Hugging Face's files do not contain; None: that of the
+        released model of this size. (This script's files contain it.)"""
         with data.errors_become(f"{path}: does not hold an Image GPT"):
             state, sizes = data.read_igpt(path, heads=heads)
             model = cls(**sizes)
@@ -247,7 +247,7 @@ def fit_palette(images, colors, seed=0, pixels=50_000, iterations=10):
         count = torch.bincount(nearest, minlength=colors)
         total = torch.zeros_like(palette).index_add(0, nearest, x)  # sum of each color's pixels
         palette = total / count[:, None].clamp(min=1)
-        unused = (count == 0).nonzero()[:, 0]
+        unused = (count == 0).nonzero()[:, 0]  # each moves to a pixel with a large error
         worst = distance.topk(len(unused)).indices
         palette[unused] = x[worst]
     return palette
@@ -277,7 +277,7 @@ def nats_per_pixel(model, tokens, amp):
 
 
 def image_features(images, model, dataset, layer):
-    """Like model.features, but takes normalized images, because the probes in data.py pass them."""
+    """Like model.features, but of images as data.extract passes them: minus mean, over std."""
     tokens = model.encode(dataset.denormalize(images))
     return model.features(tokens, layer)
 
@@ -321,7 +321,8 @@ def draw_palette(model, dataset, tokens, out):
 
 
 def draw_completions(model, tokens, out, args, amp):
-    """Slide "Sampling the Distribution", 8 test images: original | given part | four samples."""
+    """Slide "Sampling the Distribution", 8 test images in the palette's colors: original | given
+    part | four samples."""
     rows = model.image_size // 2  # of pixels, given
     if args.given_rows is not None:
         rows = args.given_rows
@@ -348,8 +349,8 @@ def evaluate(model, dataset, out, args, amp):
     # The entropy: the loss of a model that knows only how frequent each color is.
     share = torch.bincount(tokens.flatten()).float() / tokens.numel()
     scores["palette_entropy"] = torch.special.entr(share).sum().item()  # sum of - p log p
-    # The classifier starts at zero, and only fine-tuning changes it: no accuracy if it is zero.
-    # (With --load, the data set may have other classes than the file.)
+    # An accuracy only if the classifier was fine-tuned (it starts at zero), and for the classes of
+    # this data set (a file of --load may have others).
     if model.classifier.weight.any() and data.has_classes(args.load, dataset):
         last = functools.partial(image_features, model=model, dataset=dataset,
                                  layer=len(model.blocks))
@@ -456,26 +457,24 @@ def train(args):
     device = data.pick_device(args.device)
     amp = data.autocast(device, args.precision)  # matrix products in bfloat16 where that is fast
     out = pathlib.Path(args.out)
-    # A new run: build, then fit_palette or --palette. --load: read. --finetune: read, and a new
-    # classifier. --resume: build, as parse_args has taken the options from the checkpoint; then
-    # data.resume reads weights and colors.
     resumed = args.resume and (out / "checkpoint.pt").exists()
     starts_fine_tuning = args.finetune and not resumed
     if args.load or starts_fine_tuning:
-        model = read(args)  # first: open_data rescales to this model's image size
+        model = read(args)  # before open_data, which needs this model's image size
     dataset = data.open_data(args, device)
     if args.given_rows is not None and args.given_rows > args.image_size:
         raise UserError(f"--given-rows must be at most {args.image_size}, an image's rows")
     torch.manual_seed(args.seed)
-    if starts_fine_tuning:  # with a new classifier, for the classes of this data set
+    if starts_fine_tuning:  # a trained model, with a new classifier for these classes
         model.classifier = nn.Linear(args.dim, len(dataset.class_names), bias=False)
         nn.init.zeros_(model.classifier.weight)
-    elif not args.load:  # a new run, or one that goes on, also in fine-tuning
+    elif not args.load:  # a new run; or a resumed one, whose weights data.resume reads below
         model = build(args)
-    if args.palette and not resumed:
-        model.palette = data.read_palette(args.palette, args.colors)
-    elif not model.palette.any() and not resumed:
-        model.palette = fit_palette(dataset.train_images, args.colors, args.seed)
+    if not resumed:  # else data.resume reads the palette, too
+        if args.palette:
+            model.palette = data.read_palette(args.palette, args.colors)
+        elif not model.palette.any():
+            model.palette = fit_palette(dataset.train_images, args.colors, args.seed)
     model.to(device)
     print(f"{args.image_size**2} tokens an image, {args.colors} colors")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0,

@@ -2,7 +2,8 @@
 
 Mask three quarters of an image's patches (the slide's "blocks"): the encoder gets only the others,
 and no mask tokens. A small decoder then predicts the pixels of the masked ones. It can do so only
-if the encoder tells it what is in the image. Encoding all would take 2 to 3 times as long a step.
+if the encoder tells it what is in the image. With all patches, a step would take 2 to 3 times as
+long. (The slide encodes blocks and then masks them out: here the masked ones are never encoded.)
 
     loss = 1 / (number of masked patches) * sum over masked patches of mean (pred - target)^2
 
@@ -16,7 +17,7 @@ the untrained network 0.267, on raw pixels 0.326). For the minutes, see README.
 Differences from the paper:
 1. Peak learning rate 2e-3 for any batch size, not 1.5e-4 * batch size / 256: the run is short.
 2. Random shift and flip, not random resized crops: the images are only 32 pixels wide.
-3. A decoder of one layer of width 64, not eight of width 512; gradients are clipped at norm 1.
+3. By default a decoder of one layer of width 64, not eight of 512; gradients clipped at norm 1.
 """
 
 import functools
@@ -35,7 +36,8 @@ from data import UserError
 
 def take(x, index):
     """x (B, N, D), index (B, n) -> (B, n, D): from each sequence the n tokens at its indices."""
-    index = index[:, :, None].expand(-1, -1, x.shape[2])  # gather wants an index for each number
+    # gather wants an index for each of the D numbers of a token.
+    index = index[:, :, None].expand(-1, -1, x.shape[2])
     return x.gather(1, index)
 
 
@@ -82,13 +84,16 @@ class MAE(nn.Module):
         class and mask token normal with std 0.02, norms with gain 1, bias 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)  # q, k, v: as one (3 D, D) matrix
+                # q, k and v are one matrix (3 D, D), as in the authors' code.
+                nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
         self.patch_embed.proj.reset_parameters()  # its bias: as PyTorch draws it
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # fills proj.weight itself
+        # proj.weight has a convolution's shape, (D, 3, P, P). flatten gives a view of it, a matrix:
+        # so this fills proj.weight itself.
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
         nn.init.normal_(self.cls_token, std=0.02)
         self.pos_embed[0, 1:] = sincos_2d(self.pos_embed.shape[2], self.grid)
         if self.has_decoder:
@@ -97,7 +102,7 @@ class MAE(nn.Module):
 
     def encode(self, images, visible=None):
         """(B, 3, H, H) -> (B, 1 + n, D), class token first. visible (B, n): the indices of the n
-        patches that the encoder sees; None: of all of them, n = N."""
+        patches that the encoder sees; None: it sees all N of them."""
         side = self.grid * self.patch_size
         if images.shape[2:] != (side, side):
             raise ValueError(f"images of {tuple(images.shape[2:])}, but the position table of this "
@@ -118,7 +123,7 @@ class MAE(nn.Module):
         """x (B, 1 + n, D), class token and visible patches -> pixels of all patches (B, N, P*P*3).
 
         `forward` encoded the first n of the shuffled patches. restore (B, N): where in the shuffled
-        order each patch stands. In the order 2, 0, 3, 1 patch 0 is at 1: restore is 1, 3, 0, 2."""
+        order each patch stands, see there."""
         x = self.decoder_embed(x)  # (B, 1 + n, decoder_dim)
         cls_token = x[:, :1]
         x = x[:, 1:]
@@ -162,7 +167,9 @@ class MAE(nn.Module):
         if noise is None:
             noise = torch.rand(len(images), N, device=images.device)
         order = noise.argsort(dim=1)  # which patch comes first, second, ...: (B, N)
-        restore = order.argsort(dim=1)  # its inverse, order[restore[i]] = i: see decode
+        # Its inverse: where each patch stands in this order. In the order 2, 0, 3, 1 patch 0 stands
+        # at 1, patch 1 at 3, and so on: restore is 1, 3, 0, 2. Sorting the order gives just this.
+        restore = order.argsort(dim=1)
         mask = (restore >= n).float()  # 1 = masked: it did not come among the first n
 
         # Encode the visible patches, decode all patches.
@@ -184,8 +191,8 @@ class MAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, norm_pix=False, heads=None, decoder_heads=None):
-        """From the authors' files or this script's; else UserError. The arguments are what the
-        authors' files do not store: norm_pix, True for mae_pretrain_vit_*_full.pth, False for
+        """Reads the authors' files or this script's; else UserError. The other arguments are what
+        the authors' files do not store: norm_pix, True for mae_pretrain_vit_*_full.pth, False for
         mae_visualize_vit_*.pth; heads and decoder_heads, None for those of the authors' models."""
         with data.errors_become(f"{path}: does not hold a masked autoencoder"):
             state, sizes = data.read_mae(path, heads=heads, decoder_heads=decoder_heads)
@@ -213,7 +220,8 @@ def draw_reconstructions(model, dataset, out, args, amp):
         mean, std = model.patch_statistics(patchify(images, P))
         pred = pred * std + mean
         print("reconstruction.png: the mean and std of each patch come from the original")
-    mask = unpatchify(mask[:, :, None].expand(-1, -1, P * P * 3), P)  # (16, 3, H, H), 1 = masked
+    # From one number a patch to one a pixel: (16, 3, H, H), 1 = masked.
+    mask = unpatchify(mask[:, :, None].expand(-1, -1, P * P * 3), P)
     original = dataset.denormalize(images)
     reconstruction = dataset.denormalize(unpatchify(pred, P))
     masked = original * (1 - mask) + 0.5 * mask  # 0.5 is gray
