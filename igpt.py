@@ -426,7 +426,7 @@ def learning_rate(step, args):
 
 
 def build(args):
-    """A new model with the sizes in the options. (open_data has put class_names into args.)"""
+    """A new model with the sizes in the options. class_names are put into args by open_data."""
     return ImageGPT(image_size=args.image_size, dim=args.dim, depth=args.depth, heads=args.heads,
                     num_colors=args.colors, num_classes=len(args.class_names),
                     objective=args.objective)

@@ -38,7 +38,7 @@ from data import UserError
 
 def take(x, index):
     """x (B, N, D), index (B, n) -> (B, n, D): from each sequence the n tokens at its indices."""
-    index = index[:, :, None].expand(-1, -1, x.shape[2])  # gather wants an index for each number
+    index = index[:, :, None].expand(-1, -1, x.shape[2])  # gather: one for each of the D numbers
     return x.gather(1, index)
 
 
@@ -169,12 +169,12 @@ class IJEPA(nn.Module):
     @torch.no_grad()  # the stop-gradient: targets are given, the loss does not train them
     def targets(self, images):
         """What the predictor has to find for each patch, (B, 3, H, H) -> (B, N, D)."""
-        h = self.target_encoder(images)
-        return self.normalize(h.to(images.dtype))  # in float32, also if h is in bfloat16
+        return self.normalize(self.target_encoder(images))
 
     def normalize(self, h):
         """The norm in the formula of the loss, (B, N, D) -> (B, N, D). (The encoder's last
         LayerNorm has a trained gain, so h can have any size, and the loss with it.)"""
+        h = h.to(torch.promote_types(h.dtype, torch.float32))  # bfloat16 to float32, no other
         if self.center:
             return center_targets(h)
         return F.layer_norm(h, h.shape[-1:])
@@ -237,8 +237,7 @@ class WithoutStopGradient(IJEPA):
     """
 
     def targets(self, images):
-        h = self.encoder(images)
-        return self.normalize(h.to(images.dtype))
+        return self.normalize(self.encoder(images))
 
 
 # --------------------------------------------------------------------------------------- the masks
@@ -410,7 +409,7 @@ def draw_predictions(model, dataset, out, args, amp):
     with amp:
         _, predictions = model.loss(images, context_idx, target_idx)
         # All in one batch, since center_targets subtracts its means: (508, N, D).
-        h = model.target_encoder(torch.cat([images, others])).float()
+        h = model.target_encoder(torch.cat([images, others]))
     h = model.normalize(h)
     truth = h[:len(images)]
     # All patches of the other images, and their representations.

@@ -36,8 +36,7 @@ from data import UserError
 
 def take(x, index):
     """x (B, N, D), index (B, n) -> (B, n, D): from each sequence the n tokens at its indices."""
-    # gather wants an index for each of the D numbers of a token.
-    index = index[:, :, None].expand(-1, -1, x.shape[2])
+    index = index[:, :, None].expand(-1, -1, x.shape[2])  # gather: one for each of the D numbers
     return x.gather(1, index)
 
 

@@ -272,7 +272,8 @@ def draw_times(images, times):
     if times != "lognormal":
         raise ValueError(f"times must be uniform or lognormal, not {times}")
     n = torch.randn(len(images), 1, 1, 1, dtype=images.dtype, device=images.device)
-    return n.exp() / (1 + n.exp())  # the sigmoid
+    odds = n.exp()
+    return odds / (1 + odds)  # the sigmoid of n
 
 
 # -------------------------------------------------------------------------------------- the sampler

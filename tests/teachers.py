@@ -289,9 +289,10 @@ def main():
             if name not in kept():
                 found = train(target, options, repa.parse_args(words))
                 data.write_file(path, json.dumps(kept() | {name: found}, indent=1).encode())
-    if kept():
-        print_table(kept())
-        draw_chart(kept(), options.out)
+    results = kept()
+    if results:
+        print_table(results)
+        draw_chart(results, options.out)
 
 
 if __name__ == "__main__":
