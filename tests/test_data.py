@@ -870,7 +870,16 @@ def test_autocast_says_what_it_chose_at_each_run(capsys):
     data.autocast(torch.device("cpu"))
     *lines, auto = capsys.readouterr().out.splitlines()
     assert lines == ["precision: bfloat16 (--precision bf16)"] * 2 + ["precision: float32 (--precision fp32)"]
-    assert re.fullmatch(r"precision: (bfloat16 .this cpu has|float32 .this cpu has no known) bfloat16 units.", auto)
+    assert auto in ("precision: bfloat16 (bfloat16 is faster on this cpu)",
+                    "precision: float32 (bfloat16 is not known to be faster on this cpu)")
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_a_cpu_computes_in_bfloat16_only_with_amx(amx, monkeypatch):
+    """Where it has AVX512-BF16 alone, bfloat16 is slower than float32."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    assert data.autocast("cpu")._enabled == amx
 
 
 def progress(steps=3, save_seconds=100.0, start=0, scores={}):
