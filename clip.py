@@ -13,15 +13,15 @@ Then a sentence is a classifier: an image belongs to the class whose prompt is m
     python clip.py --load ViT-B-32.pt --tokenizer bpe_simple_vocab_16e6.txt.gz --data cifar10
 
 Default run, seed 0, float32. Zero-shot: the 80 pairs of a color and a shape are the classes; the
-accuracy is 0.957 on test images of pairs seen in training, 0.858 on pairs that no caption names
-(chance 0.013). A linear probe tells the shape: 0.993 (untrained 0.363, raw pixels 0.326).
+accuracy is 0.957 on test images of pairs seen in training, 0.858 on those in no training caption
+(chance 0.013). A linear classifier of I_f tells the shape: 0.993 (untrained 0.363, pixels 0.326).
 
 Differences from the paper:
 1. Small encoders and batches, a tokenizer learned from the captions, CBOW for the text: all faster.
-   Initial std: text tokens 0.5 (their code: 0.02), positions 0.1 (0.01); ViT: see its init_weights.
-2. Random shift and mirroring (left and right exchanged in the caption), no random crops.
-3. Learning rate 1e-3 (paper: 5e-4), weight decay 0.05 (0.2), gradients clipped at norm 1.
-4. `bow`, `caption`: ours, as no details are published; the prompt that is likeliest wins.
+   Initial std: text tokens 0.5 (theirs: 0.02), positions 0.1 (0.01); see init_weights.
+2. Random shift and mirroring (left and right exchanged in the caption), no random crops. Learning
+   rate 1e-3 (paper: 5e-4), weight decay 0.05 (paper: 0.2), gradients clipped at norm 1.
+3. `bow`, `caption`: no details are published. Ours choose the class with the likeliest prompt.
 """
 
 import collections
@@ -97,7 +97,8 @@ class ImageTransformer(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """ids (B, 77) -> T_f (B, D): the output at [EOS], the first token that sees the whole text.
+    """ids (B, 77) -> T_f (B, D): the output at [EOS], the last token: the only one that sees
+    the whole text, as attention is causal.
 
     Inside CLIP, `dim` is the slide's d_t, and CLIP calls `init_weights`; else call it yourself.
     To copy this, also copy: transformer_layers, eos_position, Block, Attention, MLP, LayerNorm,
@@ -181,13 +182,13 @@ def transformer_layers(dim, depth, heads, exact_gelu=False, causal=False):
 
 
 def eos_position(ids):
-    """ids (..., 77) -> the position of [EOS] in each text, (...): it is the largest of all ids."""
+    """ids (..., 77) -> the position of [EOS] in each text, (...). Its id is the largest of all."""
     return ids.argmax(-1)
 
 
 def l2_normalize(x, axis):
     """Vectors of length 1, in float32 or float64: bfloat16 is too coarse for cosines."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 to float32, no other
+    x = x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 to float32; float64 stays
     return x / x.norm(dim=axis, keepdim=True)
 
 
@@ -213,7 +214,8 @@ class CLIP(nn.Module):
             self.W_i = nn.Linear(dim, embed_dim, bias=False)
         elif image_encoder == "resnet":
             self.image_encoder = ResNet(image_size, dim, depth)
-            # W_i is also the output projection of the attention in ResNet.pool: so it has a bias.
+            # The attention at the end of ResNet, far below, has no output projection of its own:
+            # W_i serves as one, and so it has a bias.
             self.W_i = nn.Linear(4 * dim, embed_dim)
         else:
             raise ValueError(f"image_encoder must be 'vit' or 'resnet', not {image_encoder!r}")
@@ -258,7 +260,7 @@ class CLIP(nn.Module):
 
     def loss(self, I, T):
         """The slide's last four lines: -> loss, logits (B, B). As in the paper, if two images of
-        the batch have equal captions, each one's still counts as wrong for the other."""
+        the batch have equal captions, each one's caption still counts as wrong for the other."""
         logits = self(I, T)
         # symmetric loss function
         labels = torch.arange(len(logits), device=logits.device)
@@ -426,7 +428,7 @@ class Tokenizer:
     @classmethod
     def train(cls, texts, vocab_size):
         """Learns the merges: joins the most frequent pair of neighbors, again and again."""
-        # Count the words. A word is a tuple of symbols from here on.
+        # Count the words. Then each word becomes a tuple of symbols.
         pattern = cls([]).pattern  # a tokenizer without merges, only for its pattern
         words = collections.Counter()
         for text in texts:
@@ -519,7 +521,7 @@ def evaluate(model, dataset, parts, prompts, args, amp):
         scores |= zero_shot(model, dataset, parts, prompts, amp=amp)
     for name, value in one_prompt.items():
         scores[f"{name}_one_prompt"] = value
-    # The linear probes, of this image encoder and of one with new weights.
+    # The linear probes, of this image encoder, of one with new weights, and of pixels.
     clip = model if isinstance(model, CLIP) else model.clip
     untrained = data.untrained(clip, args.seed)
     return scores | data.probe_scores(dataset, clip.features, untrained.features, amp)
@@ -539,7 +541,7 @@ def draw_prompts(model, dataset, names, parts, prompts, out, amp):
     images = torch.cat(images)
     with amp:
         logits = model.classifier(prompts)(dataset.normalize(images))
-    p = logits.float().softmax(dim=1)  # (16, K)
+    p = logits.float().softmax(dim=1)  # (number of images, K)
 
     H = dataset.image_size
     panels = []
@@ -784,7 +786,7 @@ class Captioner(nn.Module):
         first prompt of each class as the beginning of a caption, so without its [EOS]."""
         ids = prompts[:, 0]
         ids = ids[:, :eos_position(ids).max() + 1]  # (K, N)
-        # [EOS] is the last token, V - 1. Padding need not be excluded: its log p is 0.
+        # [EOS] has the largest id, V - 1. Padding need not be excluded: its log p is 0.
         is_not_eos = ids[:, 1:] < self.head.out_features - 1
 
         def classify(images):
@@ -855,7 +857,8 @@ def parse_args(argv=None):
     parser.add("--text-heads", None, "The number of attention heads in a layer of the text "
                "encoder, if not that of --size.", type=positive)
     parser.add("--tokenizer", None, "The path of OpenAI's bpe_simple_vocab_16e6.txt.gz, or of a "
-               "checkpoint of this script; without it a tokenizer is learned from the captions.")
+               "checkpoint of this script. Without it, one is learned from the captions; with "
+               "--load it is that of the checkpoint. A released file needs this option.")
     parser.add("--exact-gelu", False, "The model of --load has the exact GELU, as most of "
                "open_clip's models have, and not OpenAI's quick_gelu.", action="store_true")
     parser.add("--normalize", "openai", "How images of a released --load are normalized. half: "

@@ -12,17 +12,16 @@ layers find out what is in the image, and become features that a linear classifi
     python igpt.py --load pytorch_model.bin --palette kmeans_centers.npy
 
 Default run, seed 0, float32: 0.208 nats per pixel (1.870 for a model that knows only how frequent
-each color is); a linear probe on the best layer, 2 of 8, has an accuracy of 0.410 (the same layer
-untrained: 0.264, raw pixels: 0.331); with seed 1, the best layer 0.332, raw pixels 0.350.
+each color is). A linear probe of the best layer, 2 of 8: accuracy 0.410 (the same layer untrained
+0.264, raw pixels 0.331). With seed 1, so other images, it is 0.332, and raw pixels 0.350.
 
 Differences from the paper:
-1. 256 tokens (theirs: 1,024 or more), 8 colors (theirs: 512): a short run then learns outlines.
+1. 256 tokens (theirs: 1,024 or more), 8 colors (theirs: 512): so even a short run learns shapes.
 2. The palette is k-means of this data set's pixels; how theirs was fitted is not published.
 3. Images are shifted and flipped; gradients are clipped at norm 1, as in all six scripts.
    Fine-tuning has pre-training's learning rate and cosine (theirs: searched, no cosine).
-4. The position table starts as MAE's of rows and columns (theirs: random): it tells the model what
-   lies above what. token_embed and the start vector have std 0.5 at first, not 0.02.
-5. 24 heads in XL, an unpublished number: 3072 / 24 = 128 is the width of M's heads.
+4. The trained position table starts as MAE's sin-cos table (theirs: random), which tells what lies
+   above what. token_embed and the start vector have std 0.5 at first, not 0.02.
 """
 
 import functools
@@ -44,7 +43,7 @@ class ImageGPT(nn.Module):
     """tokens (B, N) int64, each one of K colors, N = H * H -> logits (B, N, K).
 
     logits[:, i] predicts token i. With objective "ar" (autoregressive) the model sees the tokens
-    before i, with "bert" all tokens except the masked ones (keep = 0).
+    before i, with "bert" all tokens but the masked ones: pass `keep`, see random_keep.
     To copy this, also copy: Block, Attention, MLP, LayerNorm, Cache, quick_gelu, sincos_2d.
     """
 
@@ -59,11 +58,12 @@ class ImageGPT(nn.Module):
         self.start = nn.Parameter(torch.zeros(dim))  # stands before the first pixel; no color
         self.pos_embed = nn.Parameter(torch.zeros(image_size**2, dim))  # see init_weights
 
-        # OpenAI's layer norm subtracts no mean and has no bias: x / sqrt(mean(x^2) + eps) * gain.
+        # OpenAI's layer norm subtracts no mean and has no bias: it is today's RMSNorm,
+        # x / sqrt(mean(x^2) + eps) * gain.
         norm = functools.partial(nn.RMSNorm, eps=1e-5)
         # Slide "Image GPT - Transformer Layer": the norm stands before attention and MLP, as in
-        # GPT-2. That is what Block does by default. Different from GPT-2: the norm above, no layer
-        # has a bias, and the activation is x * sigmoid(1.702 x), quick_gelu.
+        # GPT-2. That is what Block does by default. Different from GPT-2: RMSNorm, no biases, and
+        # the activation x * sigmoid(1.702 x), quick_gelu.
         is_causal = objective == "ar"
         self.blocks = nn.ModuleList(
             Block(dim, heads, mlp_ratio=mlp_ratio, bias=False, act=quick_gelu, norm=norm,
@@ -77,7 +77,7 @@ class ImageGPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """OpenAI's, except for positions, colors and the start vector (difference 4)."""
+        """OpenAI's, except for pos_embed, token_embed and start (difference 4)."""
         depth = len(self.blocks)
         dim = self.pos_embed.shape[1]
         for module in self.modules():
@@ -184,7 +184,7 @@ class ImageGPT(nn.Module):
         x = x + self.pos_embed[:n + 1]
         logits = self.next_logits(x, caches)
         token = self.draw_token(logits, temperature, top_k, generator)  # pixel n, (B, 1)
-        tokens = [given, token]  # the caches hold positions 0 to n
+        tokens = [given, token]  # the caches now hold the start vector and pixels 0 to n - 1
 
         # The others: each pass reads one pixel, the last drawn one, and draws the next.
         for i in range(n + 1, N):
@@ -235,7 +235,7 @@ class ImageGPT(nn.Module):
 @torch.no_grad()
 def fit_palette(images, colors, seed=0, pixels=50_000, iterations=10):
     """k-means of single pixels: uint8 images (n, 3, H, H) -> palette (K, 3) in -1..1. Starts at
-    random pixels. A color that no pixel uses moves to the pixel with the largest error."""
+    random pixels. A color that no pixel uses moves to a pixel with a large error."""
     g = torch.Generator().manual_seed(seed)
     x = images.transpose(0, 1).flatten(1).T  # (3, n, H, H) -> (3, all) -> (all pixels, 3)
     index = torch.randint(len(x), (pixels,), generator=g)
@@ -277,7 +277,7 @@ def nats_per_pixel(model, tokens, amp):
 
 
 def image_features(images, model, dataset, layer):
-    """Like model.features, but of images as data.extract passes them: minus mean, over std."""
+    """model.features of normalized images: data.extract passes such, but a token is a color."""
     tokens = model.encode(dataset.denormalize(images))
     return model.features(tokens, layer)
 
@@ -323,7 +323,7 @@ def draw_palette(model, dataset, tokens, out):
 def draw_completions(model, tokens, out, args, amp):
     """Slide "Sampling the Distribution", 8 test images in the palette's colors: original | given
     part | four samples."""
-    rows = model.image_size // 2  # of pixels, given
+    rows = model.image_size // 2  # the rows of pixels that the model is given
     if args.given_rows is not None:
         rows = args.given_rows
     tokens = tokens[:8]
@@ -349,8 +349,8 @@ def evaluate(model, dataset, out, args, amp):
     # The entropy: the loss of a model that knows only how frequent each color is.
     share = torch.bincount(tokens.flatten()).float() / tokens.numel()
     scores["palette_entropy"] = torch.special.entr(share).sum().item()  # sum of - p log p
-    # An accuracy only if the classifier was fine-tuned (it starts at zero), and for the classes of
-    # this data set (a file of --load may have others).
+    # The accuracy is scored if the classifier was fine-tuned (a new one is all zeros), and if its
+    # classes are those of this data set (a file of --load may have others).
     if model.classifier.weight.any() and data.has_classes(args.load, dataset):
         last = functools.partial(image_features, model=model, dataset=dataset,
                                  layer=len(model.blocks))
@@ -365,6 +365,7 @@ def evaluate(model, dataset, out, args, amp):
     best = curve.index(max(curve))
     print(f"the probe on held-out training images is best on layer {best}")
     scores["probe_by_layer"] = curve
+    # This layer's final scores, on the test images: trained, untrained, and raw pixels instead.
     untrained = data.untrained(model, args.seed)  # a copy with new weights and the same palette
     features = functools.partial(image_features, model=model, dataset=dataset, layer=best)
     random_features = functools.partial(image_features, model=untrained, dataset=dataset,
@@ -378,7 +379,9 @@ def evaluate(model, dataset, out, args, amp):
 
 # ---------------------------------------------------------------------------------------- training
 
-SIZES = {  # S to XL have 76M, 455M, 1.4B and 6.8B parameters. patch_size 1: a token is a pixel
+# S to XL have 76M, 455M, 1.4B and 6.8B parameters. XL's number of heads is not published: with 24,
+# each is 3072 / 24 = 128 wide, as M's. patch_size 1: a token is a pixel.
+SIZES = {
     "tiny": dict(image_size=16, patch_size=1, dim=64, depth=8, heads=4, colors=8),
     "S": dict(image_size=32, patch_size=1, dim=512, depth=24, heads=8, colors=512),
     "M": dict(image_size=32, patch_size=1, dim=1024, depth=36, heads=8, colors=512),
@@ -468,7 +471,7 @@ def train(args):
     if starts_fine_tuning:  # a trained model, with a new classifier for these classes
         model.classifier = nn.Linear(args.dim, len(dataset.class_names), bias=False)
         nn.init.zeros_(model.classifier.weight)
-    elif not args.load:  # a new run; or a resumed one, whose weights data.resume reads below
+    elif not args.load:  # a new run; or a resumed one: its sizes are in args, weights come below
         model = build(args)
     if not resumed:  # else data.resume reads the palette, too
         if args.palette:

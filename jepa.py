@@ -1,8 +1,8 @@
 """I-JEPA: "... a Joint-Embedding Predictive Architecture", Assran et al. 2023, arXiv 2301.08243.
 
-An encoder sees the context (the slide's "one block"; here, all that is not masked), a second one
-the whole image. A predictor predicts what the second outputs for the masked blocks: meaning, not
-pixels. The second slowly follows the first: with gradients, all outputs could become equal.
+An encoder sees the context (the slide's "one block"), a second one the whole image. A predictor
+predicts the second's outputs for the masked blocks: meaning, not pixels. The second gets no
+gradient, it slowly follows the first. If the loss trained both, all outputs could become equal.
 
     loss = mean smooth_l1(predictor(encoder(context), masked), norm(target_encoder(image))[masked])
 
@@ -13,10 +13,10 @@ pixels. The second slowly follows the first: with gradients, all outputs could b
 Default run, seeds 0, 1, 2: linear probe 0.752, 0.665, 0.647 (untrained 0.305, raw pixels 0.326).
 
 Differences from the paper:
-1. norm is `center_targets`: in so short a run, LayerNorm's targets teach little (probe 0.328).
+1. The norm is `center_targets`: in so short a run, LayerNorm's targets teach little (probe 0.328).
 2. Masked: blocks of 2 x 2 patches, 60 % of the image, all predicted together; context: the rest.
-3. Weights start as MAE's, larger for patches; momentum 0.99 to 0.999 (paper: 0.996 to 1); constant
-   weight decay; flip and shift, no crops; gradients are clipped at norm 1.
+3. Initial weights are drawn as in MAE's code, but larger for the patch projection; momentum 0.99 to
+   0.999 (paper: 0.996 to 1); constant weight decay; flip and shift, no crops; gradient norm <= 1.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from data import UserError
 
 def take(x, index):
     """x (B, N, D), index (B, n) -> (B, n, D): from each sequence the n tokens at its indices."""
-    index = index[:, :, None].expand(-1, -1, x.shape[2])  # gather: one for each of the D numbers
+    index = index[:, :, None].expand(-1, -1, x.shape[2])  # gather wants an index for every number
     return x.gather(1, index)
 
 
@@ -111,8 +111,8 @@ class IJEPA(nn.Module):
     """An `encoder`, a `predictor`, and a `target_encoder`, the slow average of the encoder.
 
     predictor_heads: by default as many as the encoder has. center=True (so in this script's default
-    run): the targets are `center_targets` of the target encoder's output; False: its LayerNorm, as
-    in the authors' code. After each step of a training, call `update_target`.
+    run): the targets are `center_targets` of the target encoder's output; False: a LayerNorm of it
+    without weights, as in the authors' code. After each step of a training, call `update_target`.
     To copy this, also copy: Encoder, Predictor, center_targets, take, Block, Attention, MLP,
     LayerNorm, PatchEmbed, patchify, sincos_2d.
     """
@@ -136,16 +136,17 @@ class IJEPA(nn.Module):
         mask token. Only the patch projection gets another std, see below."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                # q, k and v are one matrix (3 D, D), as in MAE's code; three would be larger.
+                # q, k and v are one matrix (3 D, D), as in MAE's code. Xavier gives it smaller
+                # numbers than three matrices (D, D).
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Conv2d):  # in PatchEmbed, which uses its weight as a matrix
-                # From 3 P^2 numbers of size 1, weights of this std make outputs of size 1. With
-                # std 0.02, as by I-JEPA's authors, they would be of size 0.02 sqrt(48) = 0.14 for
-                # P = 4, and the positions are of size 0.7: what the patch shows would hardly count.
+                # From 3 P^2 numbers of std 1, weights of this std make outputs of std 1. With std
+                # 0.02, as by I-JEPA's authors, the outputs' would be 0.02 sqrt(48) = 0.14 for
+                # P = 4. The positions' is 0.7: what the patch shows would hardly count.
                 nn.init.normal_(module.weight, std=1 / math.sqrt(3 * self.encoder.patch_size**2))
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.predictor.mask_token, std=0.02)
@@ -174,7 +175,7 @@ class IJEPA(nn.Module):
     def normalize(self, h):
         """The norm in the formula of the loss, (B, N, D) -> (B, N, D). (The encoder's last
         LayerNorm has a trained gain, so h can have any size, and the loss with it.)"""
-        h = h.to(torch.promote_types(h.dtype, torch.float32))  # bfloat16 to float32, no other
+        h = h.to(torch.promote_types(h.dtype, torch.float32))  # bfloat16 to float32; float64 stays
         if self.center:
             return center_targets(h)
         return F.layer_norm(h, h.shape[-1:])
@@ -229,9 +230,9 @@ def center_targets(h):
 
 class WithoutStopGradient(IJEPA):
     """The experiment --no-stop-grad: the trained encoder itself gives the targets, and the loss may
-    change them, too, until they are easy to predict and empty (collapse: the same for all images,
-    or in few directions). The scores still use target_encoder, which here only follows the encoder;
-    with --no-ema, it equals the encoder.
+    change them, too, until they are easy to predict and empty. (Collapse: the targets become the
+    same for all images, or differ in few directions only.) The scores still use target_encoder,
+    which here only follows the encoder; with --no-ema, it equals the encoder.
     To copy this, also copy: IJEPA, Encoder, Predictor, center_targets, take, Block, Attention, MLP,
     LayerNorm, PatchEmbed, patchify, sincos_2d.
     """
@@ -397,9 +398,12 @@ def draw_masks(model, dataset, out, args):
 
 @torch.no_grad()
 def draw_predictions(model, dataset, out, args, amp):
-    """8 test images, four panels each: original | context | each target patch replaced: of all
-    patches of 500 training images, the one whose representation is nearest to the prediction | the
-    same with the true target in place of the prediction: what a perfect predictor would give."""
+    """8 test images, four panels each:
+    1. the image,
+    2. its context, the rest gray,
+    3. each target patch replaced by the patch, of 500 training images, whose representation is
+       nearest to the prediction,
+    4. the same, nearest to the true target: what a perfect predictor would give."""
     P = model.encoder.patch_size
     grid = model.encoder.grid
     images = dataset.normalize(dataset.test_images[:8])

@@ -3,10 +3,9 @@
 Diffusion in short: x_t = (1 - t) image + t noise is the image at t = 0 and pure noise at t = 1; its
 velocity is (noise - image). A network v (here SiT, arXiv 2401.08740) learns to guess this from x_t,
 t and the class. A new image: begin with noise, and repeat x = x - step * v, from t = 1 to t = 0.
-
-To guess well, v must find out what x_t shows. REPA helps: each token h after an early block, sent
-through a projector, is to point in the direction of a frozen teacher's token for its patch. This
-trains the blocks before it, too: h must tell what the teacher knows.
+To guess well, v must find out what x_t shows. REPA helps: a projector maps each token h after an
+early block to a vector that should point in the same direction as a frozen teacher's token for the
+same patch. The gradient trains the blocks up to h, too: they must find out what the teacher knows.
 
     loss = mean (v(x_t, t, class) - (noise - image))^2 - 0.5 mean cos(projector(h), teacher(image))
 
@@ -17,10 +16,11 @@ trains the blocks before it, too: h must tell what the teacher knows.
 Default run, seed 0: Frechet distance 12.1 (lower is better; noise 384.0, training images 0.5).
 
 Differences from the paper:
-1. Pixels of 16 x 16, not the latents of a VAE, and a projector 256 wide, not 2048: to be quick.
+1. By default 16 x 16 pixels, no latents of a VAE, and a projector 256 wide, not 2048: to be quick.
 2. The default teacher is a small ViT, trained on the labels for seconds. Better ones: README.
-3. For a short run: `draw_times`, larger initial weights for time and class, learning rate 8e-3 and
-   a cosine (paper: 1e-4, constant), averages of decay 0.995 (0.9999), 15 steps of Heun (SDE, 250).
+3. For a short run: larger initial weights for time and class. And, in brackets the paper's: times
+   mostly near 0.5 (uniform), learning rate 8e-3 and a cosine (1e-4, constant), averaged weights
+   with decay 0.995 (0.9999), 15 steps of Heun's method (250 of an SDE).
 """
 
 import copy
@@ -53,7 +53,7 @@ class TimeEmbed(nn.Module):
             nn.Linear(dim, dim))
 
     def forward(self, t):
-        # t is at most 1, as in SiT (in DiT it is 1000): so no angle is larger than 1, 57 degrees.
+        # t is at most 1, as in SiT (in DiT 1000): so no angle is larger than 1 radian (57 degrees).
         k = torch.arange(128, dtype=t.dtype, device=t.device)
         frequency = torch.exp(-math.log(10000) / 128 * k)  # 10000^(-k / 128): (128,)
         angle = t[:, None] * frequency  # (B, 128)
@@ -136,7 +136,7 @@ class SiT(nn.Module):
         self.final_layer = FinalLayer(dim, patch_size**2 * channels)
         self.init_weights()
         self.projector = None
-        if teacher_dim > 0:  # initialized last: with the same seed, the rest is that of plain SiT
+        if teacher_dim > 0:  # made last: so with the same seed, all other weights are plain SiT's
             self.projector = nn.Sequential(
                 nn.Linear(dim, projector_dim),
                 nn.SiLU(),
@@ -232,7 +232,7 @@ class SiT(nn.Module):
             h = self.projector(h).to(images.dtype)  # (B, N, Z), float32 also under autocast
             h = F.normalize(h, dim=-1)
             z = z.to(images.dtype)
-            z = F.normalize(z, dim=-1)  # it may have any length (not if it is of teacher_tokens)
+            z = F.normalize(z, dim=-1)  # teacher_tokens gives unit vectors already; others may not
             cosine = (h * z).sum(dim=-1)  # (B, N), of each patch with the same patch
             loss = loss - align * cosine.mean()
             out["alignment"] = cosine.mean().detach()
@@ -240,7 +240,7 @@ class SiT(nn.Module):
 
     def features(self, images, layer=None):
         """(B, C, H, H) -> (B, D): mean of the tokens after the aligned block, or block `layer`, at
-        t = 0.5 and with the null class: a label must not help the probe."""
+        t = 0.5, so half noise, and with the null class: a label must not help the probe."""
         B = len(images)
         t = torch.full((B,), 0.5, dtype=images.dtype, device=images.device)
         y = torch.full((B,), self.null, device=images.device)
@@ -256,8 +256,8 @@ class SiT(nn.Module):
     def from_pretrained(cls, path, heads=None, sit_time=None):
         """Reads this script's file, REPA's last.pt, a checkpoint of REPA's train.py, or SiT's
         SiT-XL-2-256.pt; else UserError. Averaged weights are taken if the file has them.
-        sit_time=None: the file decides. SiT's models also predict a variance, which is left out
-        here: for them it is True. REPA's do not, and it is False.
+        sit_time=None: the file decides. A file whose model also predicts a variance (left out here)
+        is SiT's: True. One without is REPA's: False.
         heads=None: as in the file; for released files, as in the paper's model of this width."""
         with data.errors_become(f"{path}: does not hold a SiT"):
             state, sizes = data.read_sit(path, heads=heads, sit_time=sit_time)
@@ -270,7 +270,7 @@ def draw_times(images, times):
     """Times (B, 1, 1, 1) that are not uniform, but more often near 0.5 than near 0 or 1: t is the
     sigmoid of n ~ N(0, 1). (The authors call this option lognormal, as t / (1 - t) is exp(n).)"""
     if times != "lognormal":
-        raise ValueError(f"times must be uniform or lognormal, not {times}")
+        raise ValueError(f'times must be "uniform" (see SiT.loss) or "lognormal", not {times!r}')
     n = torch.randn(len(images), 1, 1, 1, dtype=images.dtype, device=images.device)
     odds = n.exp()
     return odds / (1 + odds)  # the sigmoid of n
@@ -283,7 +283,7 @@ def guided_velocity(model, x, t, y, cfg, dtype):
     """The velocity at x (B, C, H, H) and time t, a float. dtype: the model's; x may be float64.
 
     cfg > 1 is classifier-free guidance: from velocity(any image), go cfg times the way to
-    velocity(class). With 1 one is there; with 2, it is twice as far."""
+    velocity(class). cfg = 1 ends exactly there, cfg = 2 goes twice as far."""
     t = torch.full((len(y),), t, dtype=dtype, device=y.device)  # (B,)
     if cfg <= 1:
         return model(x.to(dtype), t, y).to(x.dtype)
@@ -334,9 +334,10 @@ def sample_sde(model, noise, y, steps=50, cfg=1.0, interval=(0, 1), generator=No
     """
     # The velocity tells how much noise n is in x:
     #     x = (1 - t) image + t n  and  v = n - image  give  n = x + (1 - t) v.
-    # `sample` steps by dt v. Here a step is dt (v + n), which removes more noise, and then fresh
-    # noise of variance 2 t |dt| is added. With small steps, x is at each time t distributed as
-    # with `sample`: Song et al. 2021 (arXiv 2011.13456) prove it; their score is -n / t here.
+    # `sample` steps by dt v, with dt < 0. Here a step is dt (v + n), which removes more noise, and
+    # then fresh noise of variance 2 t |dt| is added. With small steps, x is at each time t
+    # distributed as with `sample`. (Song et al. 2021, arXiv 2011.13456, prove it; their "score",
+    # the gradient of log p(x), is -n / t here.)
     # Many small steps are added up: in float64, where the device has it.
     x = noise.to(torch.float32 if noise.device.type == "mps" else torch.float64)
 
@@ -429,7 +430,7 @@ def teacher_tokens(teacher, dataset, images, grid, amp):
     std = dataset.std if teacher.std is None else teacher.std
     side = grid * teacher.patch_size  # for DINOv2, 14 times the student's grid
     parts = []
-    for x in images.split(100):  # (100, 3, H, H)
+    for x in images.split(100):  # at most (100, 3, H, H)
         x = data.normalize(x, mean, std)
         if x.shape[2] != side:
             is_smaller = side < x.shape[2]
@@ -558,7 +559,7 @@ def frechet_scores(model, dataset, args, amp):
 def probe_by_block(model, dataset, amp):
     """The paper's curve, [(block, accuracy of a linear probe)]. The probe is trained on four fifths
     of at most 5000 training images, and tested on the last fifth. (The default teacher was trained
-    with the labels of that fifth, too. With test images in its place, each accuracy changes by at
+    with the labels of that fifth, too. Probed on test images instead, each accuracy changes by at
     most 0.014: seeds 1, 2.)"""
     images = dataset.train_images[:5000]
     y = dataset.train_labels[:5000]
@@ -627,7 +628,8 @@ def parse_args(argv=None):
                "0.1 up to this.", type=share)
     parser.add("--sampler", "heun", "How noise becomes an image.", choices=["euler", "heun", "sde"])
     parser.add("--sample-steps", 15, "The number of steps of the sampler.", type=count)
-    parser.add("--samples", 1000, "The number of images for the Frechet distance.",
+    parser.add("--samples", 1000, "The number of images for the Frechet distance, at most that of "
+               "the test images.",
                type=data.number(int, 2))
     parser.add("--cfg", 2.0, "The guidance of the images in samples.png; 1 is none.",
                type=data.number(float, 1, 100))

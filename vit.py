@@ -1,8 +1,8 @@
 """Vision Transformer (ViT): "An Image is Worth 16x16 Words", Dosovitskiy et al. 2021, 2010.11929.
 
 Cut an image into patches and make each patch a token by one linear map: the rest is a Transformer
-encoder that is not made for images. What a convolution has built in (neighbors matter, a
-shifted object is the same object), it must learn from labeled examples, so it needs many of them.
+encoder that is not made for images. What a convolution has built in (neighbors matter, a shifted
+object is the same object), this encoder must learn from labeled images, so it needs many of them.
 
     loss = cross_entropy(head(class token of norm(blocks([class; patches E] + positions))), label)
 
@@ -66,8 +66,8 @@ class ViT(nn.Module):
 
     def set_head(self, num_classes):
         """A new head, all zero: the first loss is then log K exactly. (In the first step only the
-        head learns, as the gradient of the layers below is a multiple of its weights. They follow
-        in the second.) 0 classes: no head."""
+        head learns: the gradient reaches the layers below it through the head's weights, which are
+        still 0.) 0 classes: no head."""
         self.num_classes = num_classes
         self.head = nn.Identity()
         if num_classes > 0:
@@ -220,7 +220,7 @@ def rollout(maps):
     for layer in maps.mean(dim=2):  # the heads' mean, (B, 1 + N, 1 + N)
         # Rollout assumes that half of a token comes through the attention, half past it, along the
         # residual path.
-        flow = ((layer + identity) / 2) @ flow
+        flow = ((layer + identity) / 2) @ flow  # (B, 1 + N, 1 + N)
     n = math.isqrt(maps.shape[-1])
     if maps.shape[-1] == n * n:  # no class token: the features are the mean of the patches
         flow = flow.mean(dim=1)
@@ -391,8 +391,8 @@ def read_model(args):
     path = args.load or args.init
     checkpoint = pathlib.Path(args.out) / "checkpoint.pt"
     if args.init and args.resume and checkpoint.exists():
-        # A fine-tuning that goes on: sizes and normalization are in its own checkpoint, too, and
-        # the file of --init may be gone by now. (The weights come later, from data.resume.)
+        # A fine-tuning that goes on: its own checkpoint has sizes and normalization, too, and the
+        # file of --init may be gone by now. (The weights come later, from data.resume.)
         path = checkpoint
     model = ViT.from_pretrained(path)
     args.patch_size = model.patch_size
@@ -403,7 +403,7 @@ def read_model(args):
         args.mean, args.std = data.statistics(path)
     else:
         args.mean, args.std = data.NORMALIZE[args.normalize]
-    # Keep these two in the checkpoint's args: the shapes of the weights do not tell them.
+    # The checkpoint's args also need heads and GELU: the shapes of the weights do not tell them.
     args.heads = model.blocks[0].attn.heads
     args.tanh_gelu = model.tanh_gelu
     if args.load:
