@@ -150,7 +150,7 @@ class TextTransformer(nn.Module):
 
 class CBOW(nn.Module):
     """Continuous bag of words, ids (B, 77) -> T_f (B, D): the mean of the tokens' vectors, in which
-    the order of the words is lost.
+    the order of the words is lost. CLIP calls `init_weights`.
     To copy this, also copy: eos_position.
     """
 
@@ -630,7 +630,8 @@ class Bottleneck(nn.Module):
 
 class ResNet(nn.Module):
     """Images (B, 3, H, H), normalized -> I_f (B, 4 * dim). A usual ResNet ends with the mean over
-    all positions; in CLIP's, attention decides how much weight each position gets.
+    all positions; in CLIP's, attention decides how much weight each position gets. (It has no output
+    projection: W_i, which comes next, does its work.) CLIP calls `init_weights`.
 
     depth: the number of layers in each stage, (3, 4, 6, 3) for RN50; a single number is divided
     among two stages. dim: the inner width of the last stage, whose output has 4 * dim. Each earlier
@@ -676,7 +677,7 @@ class ResNet(nn.Module):
 
         self.pos_embed = nn.Parameter(torch.zeros(1 + self.grid**2, channels))  # row 0: the mean
         self.pool = Attention(channels, channels // 64)
-        self.pool.proj = nn.Identity()  # CLIP's W_i, which comes next, does its work
+        self.pool.proj = nn.Identity()  # CLIP's W_i does its work
 
     @torch.no_grad()
     def init_weights(self):

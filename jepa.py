@@ -214,9 +214,9 @@ class IJEPA(nn.Module):
 
 
 def center_targets(h):
-    """This repository's targets, (B, N, D) -> (B, N, D). Subtracts from each token the mean of the
-    batch at its position, then the mean of its image over all positions; then each of the D numbers
-    gets variance 1.
+    """This repository's targets, (B, N, D) -> (B, N, D), for B > 1. Subtracts from each token the
+    mean of the batch at its position, then the mean of its image over all positions; then each of
+    the D numbers gets variance 1.
 
     What is left cannot be guessed from the position or the overall color alone: it is how this
     patch differs from the rest of its image. To predict it, one must know what the image shows.
