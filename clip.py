@@ -630,8 +630,8 @@ class Bottleneck(nn.Module):
 
 class ResNet(nn.Module):
     """Images (B, 3, H, H), normalized -> I_f (B, 4 * dim). A usual ResNet ends with the mean over
-    all positions; in CLIP's, attention decides how much weight each position gets. (It has no output
-    projection: W_i, which comes next, does its work.) CLIP calls `init_weights`.
+    all positions; in CLIP's, attention decides how much weight each position gets. (It has no
+    output projection: W_i, which comes next, does its work.) CLIP calls `init_weights`.
 
     depth: the number of layers in each stage, (3, 4, 6, 3) for RN50; a single number is divided
     among two stages. dim: the inner width of the last stage, whose output has 4 * dim. Each earlier
