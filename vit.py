@@ -9,7 +9,7 @@ object is the same object), this encoder must learn from labeled images, so it n
 E is the linear map of the patches, and [a; b] puts a before b, as in the paper's equation 1.
 
     python vit.py                                      # the default data set, "shapes"
-    python vit.py --data cifar10 --steps 17000         # 20 minutes on a CPU with AMX
+    python vit.py --data cifar10 --steps 17000         # 19 minutes on a CPU with AMX
     python vit.py --init out/mae/checkpoint.pt --out out/tuned    # fine-tune a trained encoder
     python vit.py --train-images 1000 --out out/few    # train on few images; compare with a CNN
 
