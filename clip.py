@@ -18,10 +18,10 @@ accuracy is 0.957 on test images of pairs seen in training, 0.858 on those in no
 
 Differences from the paper:
 1. Small encoders and batches, a tokenizer learned from the captions, CBOW for the text: all faster.
-   Initial std: text tokens 0.5 (theirs: 0.02), positions 0.1 (0.01); see init_weights.
+   Initial std: text tokens 0.5 (theirs: 0.02), their positions 0.1 (theirs: 0.01).
 2. Random shift and mirroring (left and right exchanged in the caption), no random crops. Learning
    rate 1e-3 (paper: 5e-4), weight decay 0.05 (paper: 0.2), gradients clipped at norm 1.
-3. `bow`, `caption`: no details are published. Ours choose the class with the likeliest prompt.
+3. `bow`, `caption`: no details are published. Ours choose the class with the likeliest words.
 """
 
 import collections
@@ -97,8 +97,8 @@ class ImageTransformer(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """ids (B, 77) -> T_f (B, D): the output at [EOS], the last token: the only one that sees
-    the whole text, as attention is causal.
+    """ids (B, 77) -> T_f (B, D): the output at [EOS], the last token before the padding:
+    the only one that sees the whole text, as attention is causal.
 
     Inside CLIP, `dim` is the slide's d_t, and CLIP calls `init_weights`; else call it yourself.
     To copy this, also copy: transformer_layers, eos_position, Block, Attention, MLP, LayerNorm,
@@ -115,7 +115,8 @@ class TextTransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """CLIP.init_weights calls it. The authors' numbers, except the first two and MLP biases."""
+        """CLIP.init_weights calls it. The authors' numbers, but, for a short run, larger ones for
+        token_embed and pos_embed; and zero for the biases of the MLPs."""
         dim = self.pos_embed.shape[1]
         depth = len(self.blocks)
         nn.init.normal_(self.token_embed.weight, std=0.5)
@@ -254,7 +255,7 @@ class CLIP(nn.Module):
         I_e = l2_normalize(self.W_i(I_f), axis=1)
         T_e = l2_normalize(self.W_t(T_f), axis=1)
         # scaled pairwise cosine similarities (B, B)
-        with torch.autocast(I_e.device.type, enabled=False):  # not in bfloat16
+        with torch.autocast(I_e.device.type, enabled=False):  # else the caller's makes it bfloat16
             logits = (I_e @ T_e.T) * torch.exp(self.t)
         return logits
 
@@ -290,7 +291,7 @@ class CLIP(nn.Module):
         T_e = []
         for T in prompts:  # (M, 77): the prompts of one class
             T_e.append(l2_normalize(self.encode_text(T), axis=1).mean(0))
-        T_e = l2_normalize(torch.stack(T_e), axis=1)  # (K, d_e)
+        T_e = l2_normalize(torch.stack(T_e), axis=1)  # (K, d_e); a mean of unit vectors is shorter
 
         def classify(images):
             I_e = l2_normalize(self.encode_image(images), axis=1)  # (B, d_e)
@@ -660,7 +661,8 @@ class ResNet(nn.Module):
             *conv_and_norm(width // 2, width // 2, 3), nn.ReLU(),
             *conv_and_norm(width // 2, width, 3), nn.ReLU(), nn.AvgPool2d(2))
 
-        # Each stage but the first halves height and width in its first layer.
+        # Each stage but the first halves height and width in its first layer. channels, width and
+        # stride are those of the next layer's input, inside, and step; at the end channels = 4 dim.
         stages = []
         channels = width
         stride = 1
@@ -740,7 +742,7 @@ class BagOfWords(nn.Module):
         def classify(images):
             log_p = self.head(self.clip.features(images)).float().log_softmax(dim=1)  # (B, V)
             # The score of a class: the mean log p of the tokens of its prompts.
-            with torch.autocast(images.device.type, enabled=False):  # bfloat16 would give ties
+            with torch.autocast(images.device.type, enabled=False):  # bfloat16 would round to ties
                 return log_p @ weights
 
         return classify
@@ -766,7 +768,8 @@ class Captioner(nn.Module):
         eos = eos_position(ids)[:, None]  # (B, 1)
         ids = ids[:, :eos.max() + 1]  # (B, N)
         prefix = self.prefix(I_f).unflatten(1, (4, -1))  # (B, 4, D)
-        # Output i predicts token i + 1, so the last token is no input.
+        # `tokens` drops the prefix's outputs. Output 0 is that at [SOS]; output i predicts token
+        # i + 1, so the last token is no input.
         x = self.clip.text_encoder.tokens(ids[:, :-1], prefix)  # (B, N - 1, D)
         logits = self.head(x).float().transpose(1, 2)  # (B, V, N - 1), as cross_entropy wants it
         # reduction="none": one number for each token of the caption, its -log p, (B, N - 1).
@@ -837,7 +840,7 @@ def parse_args(argv=None):
     data.common_options(parser, "clip", SIZES, steps=1650, batch_size=64, lr=1e-3)
     parser.add("--warmup", 100, "The learning rate grows linearly for this number of steps.",
                type=number(int, 0))
-    parser.add("--weight-decay", 0.05, "The weight decay of all weight matrices.",
+    parser.add("--weight-decay", 0.05, "The weight decay of all weights but biases and norms.",
                type=number(float, 0, 10))
     parser.add("--augment", "light", "Changes of training images; light: random shift, and mirror "
                "where left and right can be exchanged in the caption.", choices=["none", "light"])

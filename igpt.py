@@ -13,15 +13,15 @@ layers find out what is in the image, and become features that a linear classifi
 
 Default run, seed 0, float32: 0.208 nats per pixel (1.870 for a model that knows only how frequent
 each color is). A linear probe of the best layer, 2 of 8: accuracy 0.410 (the same layer untrained
-0.264, raw pixels 0.331). With seed 1, so other images, it is 0.332, and raw pixels 0.350.
+0.264, raw pixels 0.331). With seed 1, which draws other images: 0.332, below raw pixels, 0.350.
 
 Differences from the paper:
 1. 256 tokens (theirs: 1,024 or more), 8 colors (theirs: 512): so even a short run learns shapes.
-2. The palette is k-means of this data set's pixels; how theirs was fitted is not published.
+2. The palette is k-means of this data set's pixels; which pixels theirs is of is not published.
 3. Images are shifted and flipped; gradients are clipped at norm 1, as in all six scripts.
    Fine-tuning has pre-training's learning rate and cosine (theirs: searched, no cosine).
-4. The trained position table starts as MAE's sin-cos table (theirs: random), which tells what lies
-   above what. token_embed and the start vector have std 0.5 at first, not 0.02.
+4. The position table is trained, but starts as MAE's sin-cos table (theirs: random): so it tells
+   what lies above what. token_embed starts with std 0.5, not 0.02: as large as the positions.
 """
 
 import functools
@@ -119,12 +119,13 @@ class ImageGPT(nn.Module):
             start = self.start.expand(len(x), 1, -1)
             x = torch.cat([start, x[:, :-1]], dim=1)
         elif keep is not None:
-            # The paper has no <mask> token: a masked pixel is zero, and keeps only its position.
+            # The paper has no <mask> token: a masked pixel's embedding is zero, and only its
+            # position remains.
             x = x * keep[:, :, None]
         return x + self.pos_embed
 
     def hidden(self, tokens, keep=None):
-        """tokens (B, N) -> what `head` and `classifier` read, (B, N, D)."""
+        """tokens (B, N) -> the last layer's output, normalized, (B, N, D)."""
         x = self.embed(tokens, keep)
         for block in self.blocks:
             x = block(x)
@@ -277,7 +278,7 @@ def nats_per_pixel(model, tokens, amp):
 
 
 def image_features(images, model, dataset, layer):
-    """model.features of normalized images: data.extract passes such, but a token is a color."""
+    """model.features for data.extract, which passes normalized images: encode needs 0..1."""
     tokens = model.encode(dataset.denormalize(images))
     return model.features(tokens, layer)
 
@@ -350,7 +351,8 @@ def evaluate(model, dataset, out, args, amp):
     share = torch.bincount(tokens.flatten()).float() / tokens.numel()
     scores["palette_entropy"] = torch.special.entr(share).sum().item()  # sum of - p log p
     # The accuracy is scored if the classifier was fine-tuned (a new one is all zeros), and if its
-    # classes are those of this data set (a file of --load may have others).
+    # classes are those of this data set (only a file of --load may have others). As in `loss`, the
+    # classifier gets the mean of the tokens after the last layer.
     if model.classifier.weight.any() and data.has_classes(args.load, dataset):
         last = functools.partial(image_features, model=model, dataset=dataset,
                                  layer=len(model.blocks))
@@ -471,7 +473,9 @@ def train(args):
     if starts_fine_tuning:  # a trained model, with a new classifier for these classes
         model.classifier = nn.Linear(args.dim, len(dataset.class_names), bias=False)
         nn.init.zeros_(model.classifier.weight)
-    elif not args.load:  # a new run; or a resumed one: its sizes are in args, weights come below
+    elif not args.load:
+        # A new run. Or a resumed one: parse_args has read its sizes from the checkpoint, and
+        # data.resume, below, reads its weights.
         model = build(args)
     if not resumed:  # else data.resume reads the palette, too
         if args.palette:

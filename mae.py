@@ -2,8 +2,8 @@
 
 Mask three quarters of an image's patches (the slide's "blocks"): the encoder gets only the others,
 and no mask tokens. A small decoder then predicts the pixels of the masked ones. It can do so only
-if the encoder tells it what is in the image. With all patches, a step would take 2 to 3 times as
-long. (The slide encodes blocks and then masks them out: here the masked ones are never encoded.)
+if the encoder tells it what is in the image. If the encoder got all patches, a step would take 2
+to 3 times as long. (The slide encodes blocks and then masks them out: not so here.)
 
     loss = 1 / (number of masked patches) * sum over masked patches of mean (pred - target)^2
 
@@ -12,7 +12,7 @@ long. (The slide encodes blocks and then masks them out: here the masked ones ar
     python vit.py --init out/mae/checkpoint.pt --out out/tuned        # fine-tune with labels
 
 Default run, seed 0, float32: accuracy of a linear probe (a linear classifier of the mean of the
-patch tokens) 0.843; of the untrained network's tokens 0.267, of raw pixels 0.326.
+patch tokens) 0.843; the same on the untrained network's tokens 0.267, on raw pixels 0.326.
 
 Differences from the paper:
 1. Peak learning rate 2e-3 for any batch size, not 1.5e-4 * batch size / 256: the run is short.
@@ -43,7 +43,7 @@ def take(x, index):
 class MAE(nn.Module):
     """images (B, 3, H, H), normalized -> loss, pred (B, N, P*P*3), mask (B, N) with 1 for masked.
 
-    norm_pix: the target is each patch normalized by its own mean and variance.
+    norm_pix: the target is each patch normalized by its own mean and std.
     decoder_depth=0: the encoder alone, without a decoder; `features` works, `forward` does not.
     To copy this, also copy: take, Block, Attention, MLP, LayerNorm, PatchEmbed, patchify,
     sincos_2d.
@@ -83,13 +83,14 @@ class MAE(nn.Module):
         class and mask token normal with std 0.02, norms with gain 1, bias 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                # q, k and v are one matrix (3 D, D), as in the authors' code.
+                # q, k and v are one matrix: Xavier counts 3 D outputs, as in the authors' code.
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
-        self.patch_embed.proj.reset_parameters()  # for the bias, which stays as PyTorch draws it
+        # A new bias, as PyTorch draws it. (data.untrained calls this method on a trained model.)
+        self.patch_embed.proj.reset_parameters()
         # proj.weight has a convolution's shape, (D, 3, P, P), from which Xavier would count D P P
         # outputs. flatten gives a view of it, the matrix (D, 3 P P): so this fills proj.weight.
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
@@ -101,7 +102,7 @@ class MAE(nn.Module):
 
     def encode(self, images, visible=None):
         """(B, 3, H, H) -> (B, 1 + n, D), class token first. visible (B, n): the indices of the n
-        patches that the encoder sees; None: it sees all N of them."""
+        patches that the encoder sees; None: all of them, n = N."""
         side = self.grid * self.patch_size
         if images.shape[2:] != (side, side):
             raise ValueError(f"images of {tuple(images.shape[2:])}, but the position table of this "
@@ -112,7 +113,7 @@ class MAE(nn.Module):
             x = take(x, visible)  # (B, n, P*P*3)
             positions = positions[0][visible]  # (B, n, D): all images look up the same table (N, D)
         x = self.patch_embed(x) + positions  # (B, n, D)
-        cls_token = self.cls_token + self.pos_embed[:, :1]  # row 0: zero, see __init__
+        cls_token = self.cls_token + self.pos_embed[:, :1]  # adds zero, as the authors' code does
         x = torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + n, D)
         for block in self.blocks:
             x = block(x)
@@ -167,8 +168,8 @@ class MAE(nn.Module):
             noise = torch.rand(len(images), N, device=images.device)
         order = noise.argsort(dim=1)  # which patch comes first, second, ...: (B, N)
         # Its inverse: where each patch stands in this order. In the order 2, 0, 3, 1 patch 0 stands
-        # at 1, patch 1 at 3, and so on: restore is 1, 3, 0, 2. argsort gives just this: sorted, the
-        # order is 0, 1, 2, 3, and argsort tells where each of these stood.
+        # at 1, patch 1 at 3, and so on: restore is 1, 3, 0, 2. argsort gives just this: where the
+        # smallest number stands, which is patch 0, then where patch 1 stands, and so on.
         restore = order.argsort(dim=1)
         mask = (restore >= n).float()  # 1 = masked: it did not come among the first n
 
@@ -178,7 +179,8 @@ class MAE(nn.Module):
 
         # The loss: mean squared error of each patch, averaged over the masked patches alone.
         target = self.target(images)
-        error = (pred.to(target.dtype) - target).square().mean(dim=-1)  # (B, N)
+        pred = pred.to(target.dtype)  # from bfloat16, under autocast
+        error = (pred - target).square().mean(dim=-1)  # (B, N)
         loss = (error * mask).sum() / mask.sum()
         return loss, pred, mask
 
@@ -192,8 +194,9 @@ class MAE(nn.Module):
     @classmethod
     def from_pretrained(cls, path, norm_pix=False, heads=None, decoder_heads=None):
         """Reads the authors' files or this script's; else UserError. The other arguments are what
-        the authors' files do not store: norm_pix, True for mae_pretrain_vit_*_full.pth, False for
-        mae_visualize_vit_*.pth; heads and decoder_heads, None for those of the authors' models."""
+        the authors' files do not store. norm_pix: True for mae_pretrain_vit_*_full.pth, False for
+        mae_visualize_vit_*.pth. heads, decoder_heads: None means as many as in the authors' models.
+        """
         with data.errors_become(f"{path}: does not hold a masked autoencoder"):
             state, sizes = data.read_mae(path, heads=heads, decoder_heads=decoder_heads)
             sizes.setdefault("norm_pix", norm_pix)  # this script's files know it themselves
