@@ -21,7 +21,7 @@ Differences from the paper:
 3. Images are shifted and flipped; gradients are clipped at norm 1, as in all six scripts.
    Fine-tuning has pre-training's learning rate and cosine (theirs: searched, no cosine).
 4. The position table is trained, but starts as MAE's sin-cos table (theirs: random): so it tells
-   what lies above what. token_embed starts with std 0.5, not 0.02: as large as the positions.
+   what lies above what. token_embed and start have std 0.5 at first, not 0.02; the table's is 0.7.
 """
 
 import functools
