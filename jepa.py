@@ -8,12 +8,12 @@ gradient, it slowly follows the first. If the loss trained both, all outputs cou
 
     python jepa.py                                    # the default data set, "shapes"
     python jepa.py --no-ema --no-stop-grad --out out/collapsed    # see it collapse
-    python jepa.py --masking multiblock --no-center --out out/paper    # the paper's masks, targets
+    python jepa.py --masking multiblock --no-center --out out/paper    # the paper's masks
 
 Default run, seeds 0, 1, 2: linear probe 0.752, 0.665, 0.647 (untrained 0.305, raw pixels 0.326).
 
 Differences from the paper:
-1. The norm is `center_targets`: in so short a run, LayerNorm's targets teach little (probe 0.328).
+1. The norm is `center_targets`: in so short a run, LayerNorm's teach little (probe 0.328, seed 0).
 2. Masked: blocks of 2 x 2 patches, 60 % of the image, all predicted together; context: the rest.
 3. Initial weights are drawn as in MAE's code, but larger for the patch projection; momentum 0.99 to
    0.999 (paper: 0.996 to 1); constant weight decay; flip and shift, no crops; gradient norm <= 1.
@@ -77,9 +77,9 @@ class Encoder(nn.Module):
 
 
 class Predictor(nn.Module):
-    """z (B, n, D), the encoder's output for the patches context_idx (B, n) -> (B, K, D): predicted
-    representations of the patches target_idx (B, K). These K patches are one target: all that is
-    predicted in one call. The paper has M = 4 targets an image, each a block.
+    """z (B, n, D), the encoder's output; context_idx (B, n), its patches; target_idx (B, K), the
+    patches to predict -> (B, K, D), their predicted representations. One target is K patches,
+    predicted in one call. IJEPA.loss calls it for M targets (paper: M = 4 blocks).
 
     To copy this, also copy: Block, Attention, MLP, LayerNorm, sincos_2d.
     """
@@ -136,8 +136,7 @@ class IJEPA(nn.Module):
         mask token. Only the patch projection gets another std, see below."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                # q, k and v are one matrix (3 D, D), as in MAE's code. Xavier gives it smaller
-                # numbers than three matrices (D, D).
+                # As in MAE's code, q, k and v are one matrix: Xavier counts 3 D outputs.
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
@@ -145,8 +144,8 @@ class IJEPA(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Conv2d):  # in PatchEmbed, which uses its weight as a matrix
                 # From 3 P^2 numbers of std 1, weights of this std make outputs of std 1. With std
-                # 0.02, as by I-JEPA's authors, the outputs' would be 0.02 sqrt(48) = 0.14 for
-                # P = 4. The positions' is 0.7: what the patch shows would hardly count.
+                # 0.02, as by I-JEPA's authors, the outputs have std 0.02 sqrt(48) = 0.14 (P = 4).
+                # The position table has 0.7: in the sum, what the patch shows would hardly count.
                 nn.init.normal_(module.weight, std=1 / math.sqrt(3 * self.encoder.patch_size**2))
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.predictor.mask_token, std=0.02)
@@ -216,10 +215,11 @@ class IJEPA(nn.Module):
 def center_targets(h):
     """This repository's targets, (B, N, D) -> (B, N, D), for B > 1. Subtracts from each token the
     mean of the batch at its position, then the mean of its image over all positions; then each of
-    the D numbers gets variance 1.
+    the D numbers gets variance 1 over all tokens of the batch.
 
-    What is left cannot be guessed from the position or the overall color alone: it is how this
-    patch differs from the rest of its image. To predict it, one must know what the image shows.
+    What is left cannot be guessed from the position, nor from what all patches of the image share,
+    such as its color: it is how this patch differs from the rest of its image. To predict it, one
+    must know what the image shows.
     Linear probe after training, seeds 0, 1, 2: 0.752, 0.665, 0.647, with LayerNorm's targets 0.328,
     0.344, 0.296.
     """
@@ -230,9 +230,9 @@ def center_targets(h):
 
 class WithoutStopGradient(IJEPA):
     """The experiment --no-stop-grad: the trained encoder itself gives the targets, and the loss may
-    change them, too, until they are easy to predict and empty. (Collapse: the targets become the
-    same for all images, or differ in few directions only.) The scores still use target_encoder,
-    which here only follows the encoder; with --no-ema, it equals the encoder.
+    change them, too, until they are easy to predict and empty. (Collapse: the encoder's outputs
+    become the same for all images, or differ in few directions only.) The scores still use
+    target_encoder, which here only follows the encoder; with --no-ema, it equals the encoder.
     To copy this, also copy: IJEPA, Encoder, Predictor, center_targets, take, Block, Attention, MLP,
     LayerNorm, PatchEmbed, patchify, sincos_2d.
     """
@@ -401,9 +401,9 @@ def draw_predictions(model, dataset, out, args, amp):
     """8 test images, four panels each:
     1. the image,
     2. its context, the rest gray,
-    3. each target patch replaced by the patch, of 500 training images, whose representation is
-       nearest to the prediction,
-    4. the same, nearest to the true target: what a perfect predictor would give."""
+    3. in place of each target patch, a patch of the training images: of all patches of 500 images,
+       the one whose representation is nearest to the predicted vector,
+    4. the same with the true target vector: what a perfect predictor would give."""
     P = model.encoder.patch_size
     grid = model.encoder.grid
     images = dataset.normalize(dataset.test_images[:8])
@@ -412,7 +412,8 @@ def draw_predictions(model, dataset, out, args, amp):
     context_idx, target_idx = sample_masks(args.masking, len(images), grid, images.device)
     with amp:
         _, predictions = model.loss(images, context_idx, target_idx)
-        # All in one batch, since center_targets subtracts its means: (508, N, D).
+        # All in one batch, (508, N, D): center_targets subtracts the batch's means, and what is
+        # compared must be normalized together.
         h = model.target_encoder(torch.cat([images, others]))
     h = model.normalize(h)
     truth = h[:len(images)]

@@ -3,6 +3,7 @@
 Diffusion in short: x_t = (1 - t) image + t noise is the image at t = 0 and pure noise at t = 1; its
 velocity is (noise - image). A network v (here SiT, arXiv 2401.08740) learns to guess this from x_t,
 t and the class. A new image: begin with noise, and repeat x = x - step * v, from t = 1 to t = 0.
+(Not in one step: many images fit one x_t, and v learns the mean of their velocities.)
 To guess well, v must find out what x_t shows. REPA helps: a projector maps each token h after an
 early block to a vector that should point in the same direction as a frozen teacher's token for the
 same patch. The gradient trains the blocks up to h, too: they must find out what the teacher knows.
@@ -18,9 +19,8 @@ Default run, seed 0: Frechet distance 12.1 (lower is better; noise 384.0, traini
 Differences from the paper:
 1. By default 16 x 16 pixels, no latents of a VAE, and a projector 256 wide, not 2048: to be quick.
 2. The default teacher is a small ViT, trained on the labels for seconds. Better ones: README.
-3. For a short run: larger initial weights for time and class. And, in brackets the paper's: times
-   mostly near 0.5 (uniform), learning rate 8e-3 and a cosine (1e-4, constant), averaged weights
-   with decay 0.995 (0.9999), 15 steps of Heun's method (250 of an SDE).
+3. For a short run (in brackets the paper's): times mostly near 0.5 (uniform), learning rate 8e-3,
+   a cosine (1e-4), averages of decay 0.995 (0.9999), 15 Heun steps (SDE, 250); and `start_larger`.
 """
 
 import copy
@@ -65,7 +65,7 @@ class SiTBlock(nn.Module):
     """A pre-norm Transformer layer for x (B, N, D), controlled by c (B, D), the sum of the time's
     and the class's embedding.
 
-    For attention and MLP each, c gives a shift and a scale, in place of LayerNorm's beta and gamma,
+    For attention and MLP each, c gives shift and 1 + scale, in place of LayerNorm's beta and gamma,
     and a gate, by which the branch's output is multiplied before it is added. Gates start at zero
     (SiT.init_weights): at first, a block changes nothing. All this is DiT's adaLN-Zero (Peebles
     and Xie 2022, arXiv 2212.09748).
@@ -172,8 +172,8 @@ class SiT(nn.Module):
     def start_larger(self):
         """Difference 3. c, the sum of time and class, reaches a block as W silu(c), with the matrix
         W of adaLN_modulation. W starts at zero, and AdamW changes each of its numbers by about the
-        learning rate in a step. So W silu(c) grows fast only if c is large: with std 0.02, the
-        blocks would learn late what time it is, and which class."""
+        learning rate in a step, however small the gradient. So W silu(c) grows fast only if c is
+        large: with std 0.02, the blocks would learn late what time it is, and which class."""
         nn.init.xavier_uniform_(self.t_embedder.mlp[0].weight)
         nn.init.xavier_uniform_(self.t_embedder.mlp[2].weight)
         nn.init.normal_(self.class_embed.weight, std=0.5)
@@ -245,7 +245,7 @@ class SiT(nn.Module):
         t = torch.full((B,), 0.5, dtype=images.dtype, device=images.device)
         y = torch.full((B,), self.null, device=images.device)
         noise = torch.randn_like(images)
-        x_t = 0.5 * images + 0.5 * noise  # for sit_time, too: 1 - t is 0.5
+        x_t = 0.5 * images + 0.5 * noise  # forward's 1 - t for sit_time is not needed: it is 0.5
         x, c = self.embed(x_t, t, y)
         last = layer or self.align_depth
         for block in self.blocks[:last]:
@@ -256,8 +256,8 @@ class SiT(nn.Module):
     def from_pretrained(cls, path, heads=None, sit_time=None):
         """Reads this script's file, REPA's last.pt, a checkpoint of REPA's train.py, or SiT's
         SiT-XL-2-256.pt; else UserError. Averaged weights are taken if the file has them.
-        sit_time=None: the file decides. A file whose model also predicts a variance (left out here)
-        is SiT's: True. One without is REPA's: False.
+        sit_time=None: guessed from the file. Only SiT's releases have outputs for a variance, too
+        (left out here): for them it is True, for all other files False.
         heads=None: as in the file; for released files, as in the paper's model of this width."""
         with data.errors_become(f"{path}: does not hold a SiT"):
             state, sizes = data.read_sit(path, heads=heads, sit_time=sit_time)
@@ -299,9 +299,9 @@ def guided_velocity(model, x, t, y, cfg, dtype):
 def sample(model, noise, y, steps=50, method="euler", cfg=1.0, interval=(0, 1), generator=None):
     """noise (B, C, H, H), classes y (B,) -> images (B, C, H, H), by going from t = 1 to t = 0.
 
-    euler: each step follows the velocity at its start. heun: the mean of that and the velocity at
-    its end (but not the last step), at nearly twice the cost. cfg: guidance, in steps that start at
-    a time in `interval`.
+    euler: each step follows the velocity at its start. heun: each step but the last follows the
+    mean of this velocity and that where Euler's step would end, at nearly twice the cost. cfg:
+    guidance, in steps that start at a time in `interval`.
     `generator` is not used: it is here so that sample and sample_sde are called in the same way.
     To copy this, also copy: guided_velocity.
     """
@@ -332,12 +332,13 @@ def sample_sde(model, noise, y, steps=50, cfg=1.0, interval=(0, 1), generator=No
 
     To copy this, also copy: guided_velocity.
     """
-    # The velocity tells how much noise n is in x:
+    # The velocity tells which noise n is in x:
     #     x = (1 - t) image + t n  and  v = n - image  give  n = x + (1 - t) v.
-    # `sample` steps by dt v, with dt < 0. Here a step is dt (v + n), which removes more noise, and
-    # then fresh noise of variance 2 t |dt| is added. With small steps, x is at each time t
+    # `sample` steps by dt v, with dt < 0. Here a step is dt (v + n): it removes |dt| n more, out of
+    # the t n in x. That lowers the variance of x by about t^2 - (t - |dt|)^2 = 2 t |dt|, without
+    # the small dt^2, and as much fresh noise is added. With small steps, x is at each time t
     # distributed as with `sample`. (Song et al. 2021, arXiv 2011.13456, prove it; their "score",
-    # the gradient of log p(x), is -n / t here.)
+    # the gradient of log p, is -n / t here.)
     # Many small steps are added up: in float64, where the device has it.
     x = noise.to(torch.float32 if noise.device.type == "mps" else torch.float64)
 
@@ -471,8 +472,8 @@ def train_teacher(args, dataset, amp):
 
 
 def pick_teacher(args, dataset, amp, out):
-    """The frozen teacher; None with --align 0 and no --teacher. (--align 0 with a --teacher is a
-    test: the model gets a projector that nothing uses, so the result is that of plain SiT.)"""
+    """The frozen teacher; None with --align 0 and no --teacher. (--align 0 with a --teacher
+    checks the code: the model gets a projector that nothing uses, so it must equal plain SiT.)"""
     path = out / "teacher.pt"  # beside checkpoint.pt, so that --resume finds it
     # With --resume, a run goes on if there is its checkpoint.pt, else it begins anew.
     is_kept = args.resume and path.exists() and (out / "checkpoint.pt").exists()
@@ -558,9 +559,9 @@ def frechet_scores(model, dataset, args, amp):
 
 def probe_by_block(model, dataset, amp):
     """The paper's curve, [(block, accuracy of a linear probe)]. The probe is trained on four fifths
-    of at most 5000 training images, and tested on the last fifth. (The default teacher was trained
-    with the labels of that fifth, too. Probed on test images instead, each accuracy changes by at
-    most 0.014: seeds 1, 2.)"""
+    of at most 5000 training images, and tested on the last fifth. (That fifth is not quite unseen:
+    the default teacher has learned its labels. On test images, which it has not seen, each accuracy
+    differs by at most 0.014: seeds 1, 2.)"""
     images = dataset.train_images[:5000]
     y = dataset.train_labels[:5000]
     split = len(y) - len(y) // 5  # the first image that the probe does not learn from
