@@ -18,7 +18,7 @@ accuracy is 0.957 on test images of pairs seen in training, 0.858 on those in no
 
 Differences from the paper:
 1. Small encoders and batches, a tokenizer learned from the captions, CBOW for the text: all faster.
-   Initial std: text tokens 0.5 (theirs: 0.02), their positions 0.1 (theirs: 0.01).
+   Initial std: text tokens 0.5 (theirs: 0.02), their positions 0.1 (theirs: 0.01); ViT: Xavier's.
 2. Random shift and mirroring (left and right exchanged in the caption), no random crops. Learning
    rate 1e-3 (paper: 5e-4), weight decay 0.05 (paper: 0.2), gradients clipped at norm 1.
 3. `bow`, `caption`: no details are published. Ours choose the class with the likeliest words.
@@ -97,8 +97,8 @@ class ImageTransformer(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """ids (B, 77) -> T_f (B, D): the output at [EOS], the last token before the padding:
-    the only one that sees the whole text, as attention is causal.
+    """ids (B, 77) -> T_f (B, D): the output at [EOS], the last token before the padding. As
+    attention is causal, it sees the whole text, and no token before it does.
 
     Inside CLIP, `dim` is the slide's d_t, and CLIP calls `init_weights`; else call it yourself.
     To copy this, also copy: transformer_layers, eos_position, Block, Attention, MLP, LayerNorm,
