@@ -1305,7 +1305,8 @@ def autocast(device, precision="auto"):
     if precision == "auto":
         use_bf16 = bf16_is_faster(kind)
         machine = "this GPU" if kind == "cuda" else f"this {kind}"
-        reason = f"bfloat16 is {'' if use_bf16 else 'not known to be '}faster on {machine}"
+        verdict = "faster" if use_bf16 else "not known to be faster"
+        reason = f"bfloat16 is {verdict} on {machine}"
     else:
         use_bf16 = precision == "bf16"
         reason = f"--precision {precision}"

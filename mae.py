@@ -218,7 +218,6 @@ def draw_reconstructions(model, dataset, out, args, amp):
     torch.manual_seed(args.seed)
     with amp:
         _, pred, mask = model(images, args.mask_ratio)
-    pred = pred.float()
     if model.norm_pix:
         mean, std = model.patch_statistics(patchify(images, P))
         pred = pred * std + mean

@@ -156,8 +156,8 @@ class SiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        # PatchEmbed's weight has the shape of a convolution's, (D, C, P, P). flatten gives a view
-        # of it, the matrix (D, C*P*P): so this fills the weight itself.
+        # proj.weight has a convolution's shape, (D, C, P, P), from which Xavier would count D P P
+        # outputs. flatten gives a view of it, the matrix (D, C P P): so this fills proj.weight.
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
@@ -218,8 +218,10 @@ class SiT(nn.Module):
         noise = torch.randn_like(images)
         if times == "uniform":
             t = torch.rand(len(images), 1, 1, 1, dtype=images.dtype, device=images.device)
+        elif times == "lognormal":
+            t = draw_times(images)
         else:
-            t = draw_times(images, times)
+            raise ValueError(f"times must be uniform or lognormal, not {times}")
         x_t = (1 - t) * images + t * noise
         target = noise - images  # the velocity: the derivative of x_t by t
         pred, h = self(x_t, t.flatten(), y, return_tokens=True)  # (B, C, H, H), (B, N, D)
@@ -266,11 +268,9 @@ class SiT(nn.Module):
         return model
 
 
-def draw_times(images, times):
+def draw_times(images):
     """Times (B, 1, 1, 1) that are not uniform, but more often near 0.5 than near 0 or 1: t is the
     sigmoid of n ~ N(0, 1). (The authors call this option lognormal, as t / (1 - t) is exp(n).)"""
-    if times != "lognormal":
-        raise ValueError(f'times must be "uniform" (see SiT.loss) or "lognormal", not {times!r}')
     n = torch.randn(len(images), 1, 1, 1, dtype=images.dtype, device=images.device)
     odds = n.exp()
     return odds / (1 + odds)  # the sigmoid of n
@@ -630,8 +630,7 @@ def parse_args(argv=None):
     parser.add("--sampler", "heun", "How noise becomes an image.", choices=["euler", "heun", "sde"])
     parser.add("--sample-steps", 15, "The number of steps of the sampler.", type=count)
     parser.add("--samples", 1000, "The number of images for the Frechet distance, at most that of "
-               "the test images.",
-               type=data.number(int, 2))
+               "the test images.", type=data.number(int, 2))
     parser.add("--cfg", 2.0, "The guidance of the images in samples.png; 1 is none.",
                type=data.number(float, 1, 100))
     parser.add("--interval", [0.0, 1.0], "Guidance is used at the times between these two (0 is "

@@ -345,7 +345,7 @@ def test_training_draws_its_times(monkeypatch, times):
         expected = torch.special.ndtri(quartiles).sigmoid()
     assert seen[0].shape == (20000,)
     assert (seen[0].quantile(quartiles) - expected).abs().max() < 0.02
-    with pytest.raises(ValueError, match="\"uniform\" .* or \"lognormal\", not 'typo'"):
+    with pytest.raises(ValueError, match="uniform or lognormal, not typo"):
         small().loss(X, Y, times="typo")
 
 
