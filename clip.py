@@ -70,6 +70,7 @@ class ImageTransformer(nn.Module):
         P = self.patch_size
         dim = len(self.cls_token)
         nn.init.normal_(self.patch_embed.proj.weight, std=(3 * P**2) ** -0.5)
+        # Short vectors, as by the authors: norm_pre makes all tokens equally long.
         nn.init.normal_(self.cls_token, std=dim**-0.5)
         nn.init.normal_(self.pos_embed[0], std=dim**-0.5)
         self.pos_embed[1:] = sincos_2d(dim, self.grid)  # start values: the table is trained
@@ -132,7 +133,8 @@ class TextTransformer(nn.Module):
 
     def tokens(self, ids, prefix=None):
         """ids (B, N) -> (B, N, D). prefix (B, n, D): only for Captioner, far below, which puts n
-        vectors of the image before those of the tokens."""
+        vectors of the image before those of the tokens. (It makes each of the n with other weights,
+        so they need no positions.)"""
         N = ids.shape[1]
         x = self.token_embed(ids) + self.pos_embed[:N]  # (B, N, D)
         if prefix is not None:
@@ -255,7 +257,7 @@ class CLIP(nn.Module):
         I_e = l2_normalize(self.W_i(I_f), axis=1)
         T_e = l2_normalize(self.W_t(T_f), axis=1)
         # scaled pairwise cosine similarities (B, B)
-        with torch.autocast(I_e.device.type, enabled=False):  # else the caller's makes it bfloat16
+        with torch.autocast(I_e.device.type, enabled=False):  # not in bfloat16: too coarse
             logits = (I_e @ T_e.T) * torch.exp(self.t)
         return logits
 
@@ -287,7 +289,7 @@ class CLIP(nn.Module):
     def classifier(self, prompts):
         """Slide "Zero-Shot", (2): prompts (K, M, 77), M for each class. Returns a linear
         classifier, images (B, 3, H, H) -> logits (B, K): each class has one vector, the mean of the
-        embeddings of its M prompts."""
+        embeddings of its M prompts (all of length 1, before and after)."""
         T_e = []
         for T in prompts:  # (M, 77): the prompts of one class
             T_e.append(l2_normalize(self.encode_text(T), axis=1).mean(0))
@@ -346,8 +348,8 @@ def zero_shot(model, dataset, parts, prompts, amp, limit=None):
 SOS = "<|startoftext|>"
 EOS = "<|endoftext|>"
 # What counts as a word: [SOS], [EOS], an English ending such as 's, a run of letters, one digit, or
-# a run of other characters. Spaces are dropped. Tokenizer fills in {letters} and {numbers}. (All as
-# in OpenAI's pattern; (?i:...) ignores the case.)
+# a run of other characters. Spaces are dropped. Tokenizer puts Unicode's letters in the place of
+# {letters}, likewise for {numbers}. (All as in OpenAI's pattern; (?i:...) ignores the case.)
 WORD = (r"<\|startoftext\|>|<\|endoftext\|>|(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
         r"[{letters}]+|[{numbers}]|[^\s{letters}{numbers}]+")
 
@@ -661,8 +663,8 @@ class ResNet(nn.Module):
             *conv_and_norm(width // 2, width // 2, 3), nn.ReLU(),
             *conv_and_norm(width // 2, width, 3), nn.ReLU(), nn.AvgPool2d(2))
 
-        # Each stage but the first halves height and width in its first layer. channels, width and
-        # stride are those of the next layer's input, inside, and step; at the end channels = 4 dim.
+        # Each stage but the first halves height and width in its first layer. For the layer that
+        # comes next, channels is the width of its input, width its inner width, stride its step.
         stages = []
         channels = width
         stride = 1
@@ -677,7 +679,8 @@ class ResNet(nn.Module):
             stride = 2
         self.stages = nn.Sequential(*stages)
 
-        self.pos_embed = nn.Parameter(torch.zeros(1 + self.grid**2, channels))  # row 0: the mean
+        # channels is 4 * dim now. Row 0 is the position of the mean.
+        self.pos_embed = nn.Parameter(torch.zeros(1 + self.grid**2, channels))
         self.pool = Attention(channels, channels // 64)
         self.pool.proj = nn.Identity()  # CLIP's W_i does its work
 
@@ -742,7 +745,8 @@ class BagOfWords(nn.Module):
         def classify(images):
             log_p = self.head(self.clip.features(images)).float().log_softmax(dim=1)  # (B, V)
             # The score of a class: the mean log p of the tokens of its prompts.
-            with torch.autocast(images.device.type, enabled=False):  # bfloat16 would round to ties
+            # Not in bfloat16: it would round the scores of several classes to the same number.
+            with torch.autocast(images.device.type, enabled=False):
                 return log_p @ weights
 
         return classify
@@ -840,7 +844,8 @@ def parse_args(argv=None):
     data.common_options(parser, "clip", SIZES, steps=1650, batch_size=64, lr=1e-3)
     parser.add("--warmup", 100, "The learning rate grows linearly for this number of steps.",
                type=number(int, 0))
-    parser.add("--weight-decay", 0.05, "The weight decay of all weights but biases and norms.",
+    parser.add("--weight-decay", 0.05, "The weight decay of all weights but biases, norms, the "
+               "class token and the scale t.",
                type=number(float, 0, 10))
     parser.add("--augment", "light", "Changes of training images; light: random shift, and mirror "
                "where left and right can be exchanged in the caption.", choices=["none", "light"])
@@ -894,7 +899,7 @@ def learning_rate(step, args):
     """Linear warm-up to the peak --lr, then half a cosine down to zero."""
     if step < args.warmup:
         return args.lr * (step + 1) / (args.warmup + 1)
-    progress = (step - args.warmup) / max(1, args.steps - args.warmup)  # from 0 towards 1
+    progress = (step - args.warmup) / (args.steps - args.warmup)  # from 0 towards 1
     return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -933,7 +938,7 @@ def left_and_right(tokenizer, captions):
     the images and exchanges nothing.
     (None, None) if one of them has several tokens and cannot be exchanged: nothing is mirrored.
     """
-    if not any(word in caption.lower() for caption in captions for word in ("left", "right")):
+    if not any(re.search(r"\b(left|right)\b", caption.lower()) for caption in captions):
         return -1, -1
     left = tokenizer.encode("left")
     right = tokenizer.encode("right")
@@ -977,6 +982,7 @@ def make_optimizer(model, args, device):
     vectors = [p for p in model.parameters() if p.ndim <= 1]  # biases, norms, cls_token, t
     groups = [dict(params=matrices, weight_decay=args.weight_decay),
               dict(params=vectors, weight_decay=0.0)]
+    # fused: one pass over all weights, which is faster; untested on Macs (mps), so not used there.
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=device.type != "mps")
 
 
@@ -1016,7 +1022,7 @@ def train(args):
             (out / "zero_shot.csv").unlink(missing_ok=True)
     progress = data.Progress(args, start, scores)
     for step in progress:
-        # Each step has its own seed: a resumed run computes exactly what one without a stop would.
+        # Each step of each run has its own seed: a resumed run goes on exactly as without a stop.
         torch.manual_seed(args.seed * 1_000_003 + step)
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:

@@ -13,15 +13,16 @@ layers find out what is in the image, and become features that a linear classifi
 
 Default run, seed 0, float32: 0.208 nats per pixel (1.870 for a model that knows only how frequent
 each color is). A linear probe of the best layer, 2 of 8: accuracy 0.410 (the same layer untrained
-0.264, raw pixels 0.331). With seed 1, which draws other images: 0.332, below raw pixels, 0.350.
+0.264, raw pixels 0.331). With seed 1 (its images are others, too): 0.332, below raw pixels, 0.350.
 
 Differences from the paper:
 1. 256 tokens (theirs: 1,024 or more), 8 colors (theirs: 512): so even a short run learns shapes.
-2. The palette is k-means of this data set's pixels; which pixels theirs is of is not published.
+2. The palette is k-means of this data set's pixels (of which pixels theirs is, is not published).
 3. Images are shifted and flipped; gradients are clipped at norm 1, as in all six scripts.
    Fine-tuning has pre-training's learning rate and cosine (theirs: searched, no cosine).
-4. The position table is trained, but starts as MAE's sin-cos table (theirs: random): so it tells
-   what lies above what. token_embed and start have std 0.5 at first, not 0.02; the table's is 0.7.
+4. The position table is trained, but starts as MAE's sin-cos table of rows and columns (theirs:
+   random). The root mean square of its numbers is 0.7; so token_embed and start, to which it is
+   added, have std 0.5 at first: with 0.02, as theirs, the color would hardly count in the sum.
 """
 
 import functools
@@ -69,7 +70,7 @@ class ImageGPT(nn.Module):
             Block(dim, heads, mlp_ratio=mlp_ratio, bias=False, act=quick_gelu, norm=norm,
                   causal=is_causal) for _ in range(depth))
         self.norm = norm(dim)
-        self.head = nn.Linear(dim, num_colors, bias=False)  # not tied to token_embed
+        self.head = nn.Linear(dim, num_colors, bias=False)  # GPT-2 takes token_embed's
         self.classifier = nn.Linear(dim, num_classes, bias=False)  # for fine-tuning alone
         # red, green, blue from -1 to 1; all zeros: not set yet, see fit_palette
         self.register_buffer("palette", torch.zeros(num_colors, 3))
@@ -87,8 +88,8 @@ class ImageGPT(nn.Module):
                 nn.init.ones_(module.weight)
         for block in self.blocks:
             nn.init.normal_(block.attn.qkv.weight, std=dim**-0.5)  # outputs as large as inputs
-            # Smaller with more layers, since each one's output is added to the same sum. (As in
-            # OpenAI's code, the MLP's output keeps 0.02.)
+            # Smaller with more layers, since each one's output is added to the same sum. (OpenAI
+            # does this for attention alone: the MLP's output keeps 0.02.)
             nn.init.normal_(block.attn.proj.weight, std=(dim * depth) ** -0.5)
         nn.init.zeros_(self.head.weight)  # all logits are 0: the first loss is log K exactly
         nn.init.zeros_(self.classifier.weight)
@@ -136,23 +137,24 @@ class ImageGPT(nn.Module):
         return self.head(self.hidden(tokens, keep))  # (B, N, K)
 
     def loss(self, tokens, labels=None, keep=None):
-        """Returns (loss, class_logits). The loss is L_gen in nats per pixel; with labels (B,), for
-        fine-tuning, it is L_gen + L_clf.
+        """Returns (loss, the logits of forward). The loss is L_gen in nats per pixel; with labels
+        (B,), for fine-tuning, it is L_gen + L_clf.
 
         keep (B, N), for "bert" alone: L_gen is the mean over each image's masked pixels (keep = 0).
         """
         x = self.hidden(tokens, keep)  # (B, N, D)
-        logits = self.head(x).float().flatten(0, 1)  # (B * N, K)
-        nats = F.cross_entropy(logits, tokens.flatten(), reduction="none").reshape(tokens.shape)
+        logits = self.head(x).float()  # (B, N, K)
+        nats = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
+        nats = nats.reshape(tokens.shape)  # (B, N)
         if keep is not None:
             masked = 1 - keep
             count = masked.sum(dim=1).clamp(min=1)  # an image may have none: it counts as 0
             nats = (nats * masked).sum(dim=1) / count  # (B,)
         loss = nats.mean()  # L_gen
-        class_logits = self.classifier(x.mean(dim=1)).float()  # (B, number of classes)
         if labels is not None:
+            class_logits = self.classifier(x.mean(dim=1)).float()  # (B, number of classes)
             loss = loss + F.cross_entropy(class_logits, labels)  # L_clf
-        return loss, class_logits
+        return loss, logits
 
     def features(self, tokens, layer):
         """tokens (B, N) -> (B, D), the paper's section 2.4: the first `layer` layers (0: none),
@@ -350,9 +352,9 @@ def evaluate(model, dataset, out, args, amp):
     # The entropy: the loss of a model that knows only how frequent each color is.
     share = torch.bincount(tokens.flatten()).float() / tokens.numel()
     scores["palette_entropy"] = torch.special.entr(share).sum().item()  # sum of - p log p
-    # The accuracy is scored if the classifier was fine-tuned (a new one is all zeros), and if its
-    # classes are those of this data set (only a file of --load may have others). As in `loss`, the
-    # classifier gets the mean of the tokens after the last layer.
+    # The accuracy is scored if the classifier was fine-tuned (a new one is all zeros), for these
+    # classes: only a file of --load may have others. (has_classes(None) is True.) As in `loss`, the
+    # classifier gets the mean of the tokens after the final norm.
     if model.classifier.weight.any() and data.has_classes(args.load, dataset):
         last = functools.partial(image_features, model=model, dataset=dataset,
                                  layer=len(model.blocks))
@@ -426,7 +428,7 @@ def learning_rate(step, args):
     """Linear warm-up to the peak --lr, then half a cosine down to zero."""
     if step < args.warmup:
         return args.lr * (step + 1) / (args.warmup + 1)
-    progress = (step - args.warmup) / max(1, args.steps - args.warmup)  # from 0 towards 1
+    progress = (step - args.warmup) / (args.steps - args.warmup)  # from 0 towards 1
     return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -456,12 +458,23 @@ def read(args):
     return model
 
 
+def set_palette(model, args, dataset):
+    """The colors of --palette, else those of the model's file, else (a new model) k-means."""
+    if args.palette:
+        model.palette = data.read_palette(args.palette, args.colors)
+    elif not model.palette.any():
+        model.palette = fit_palette(dataset.train_images, args.colors, args.seed)
+
+
 def train(args):
     """Trains a model, scores it, draws the pictures; returns the scores. --load: no training."""
     # Set-up: device, data, model, palette, optimizer.
     device = data.pick_device(args.device)
     amp = data.autocast(device, args.precision)  # matrix products in bfloat16 where that is fast
     out = pathlib.Path(args.out)
+    # Where the model comes from. --load: read the file. --finetune: read it, with a new classifier.
+    # A resumed run of either kind: build it, with the sizes that parse_args has read from its
+    # checkpoint; data.resume, below, fills in its weights and palette. Else: build a new one.
     resumed = args.resume and (out / "checkpoint.pt").exists()
     starts_fine_tuning = args.finetune and not resumed
     if args.load or starts_fine_tuning:
@@ -474,16 +487,12 @@ def train(args):
         model.classifier = nn.Linear(args.dim, len(dataset.class_names), bias=False)
         nn.init.zeros_(model.classifier.weight)
     elif not args.load:
-        # A new run. Or a resumed one: parse_args has read its sizes from the checkpoint, and
-        # data.resume, below, reads its weights.
         model = build(args)
-    if not resumed:  # else data.resume reads the palette, too
-        if args.palette:
-            model.palette = data.read_palette(args.palette, args.colors)
-        elif not model.palette.any():
-            model.palette = fit_palette(dataset.train_images, args.colors, args.seed)
+    if not resumed:
+        set_palette(model, args, dataset)
     model.to(device)
     print(f"{args.image_size**2} tokens an image, {args.colors} colors")
+    # fused: one pass over all weights, which is faster; untested on Macs (mps), so not used there.
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0,
                                   fused=device.type != "mps")
     start, scores = data.resume(args, "igpt", model=model, optimizer=optimizer)
@@ -497,7 +506,7 @@ def train(args):
     # Training.
     progress = data.Progress(args, start, scores)
     for step in progress:
-        # Each step has its own seed: a resumed run computes exactly what one without a stop would.
+        # Each step of each run has its own seed: a resumed run goes on exactly as without a stop.
         torch.manual_seed(args.seed * 1_000_003 + step)
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:

@@ -2,7 +2,7 @@
 
 An encoder sees the context (the slide's "one block"), a second one the whole image. A predictor
 predicts the second's outputs for the masked blocks: meaning, not pixels. The second gets no
-gradient, it slowly follows the first. If the loss trained both, all outputs could become equal.
+gradient, it slowly follows the first. If the loss trained both, they could agree on a constant.
 
     loss = mean smooth_l1(predictor(encoder(context), masked), norm(target_encoder(image))[masked])
 
@@ -13,7 +13,7 @@ gradient, it slowly follows the first. If the loss trained both, all outputs cou
 Default run, seeds 0, 1, 2: linear probe 0.752, 0.665, 0.647 (untrained 0.305, raw pixels 0.326).
 
 Differences from the paper:
-1. The norm is `center_targets`: in so short a run, LayerNorm's teach little (probe 0.328, seed 0).
+1. The norm is `center_targets`; from LayerNorm's targets, so short a run learns little (0.328).
 2. Masked: blocks of 2 x 2 patches, 60 % of the image, all predicted together; context: the rest.
 3. Initial weights are drawn as in MAE's code, but larger for the patch projection; momentum 0.99 to
    0.999 (paper: 0.996 to 1); constant weight decay; flip and shift, no crops; gradient norm <= 1.
@@ -136,7 +136,8 @@ class IJEPA(nn.Module):
         mask token. Only the patch projection gets another std, see below."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                # As in MAE's code, q, k and v are one matrix: Xavier counts 3 D outputs.
+                # As in MAE's code, q, k and v are one matrix: Xavier counts 3 D outputs, and draws
+                # smaller weights than for three matrices.
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
@@ -145,7 +146,8 @@ class IJEPA(nn.Module):
             elif isinstance(module, nn.Conv2d):  # in PatchEmbed, which uses its weight as a matrix
                 # From 3 P^2 numbers of std 1, weights of this std make outputs of std 1. With std
                 # 0.02, as by I-JEPA's authors, the outputs have std 0.02 sqrt(48) = 0.14 (P = 4).
-                # The position table has 0.7: in the sum, what the patch shows would hardly count.
+                # The numbers of the position table have a root mean square of 0.7: in the sum,
+                # what the patch shows would hardly count.
                 nn.init.normal_(module.weight, std=1 / math.sqrt(3 * self.encoder.patch_size**2))
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.predictor.mask_token, std=0.02)
@@ -161,7 +163,7 @@ class IJEPA(nn.Module):
         losses = []
         predictions = []
         for idx in target_idx:  # one target after another, (B, K), each by itself
-            pred = self.predictor(z, context_idx, idx).to(h.dtype)  # (B, K, D)
+            pred = self.predictor(z, context_idx, idx).to(h.dtype)  # (B, K, D), never bfloat16
             losses.append(F.smooth_l1_loss(pred, take(h, idx)))
             predictions.append(pred)
         return torch.stack(losses).mean(), torch.stack(predictions)
@@ -173,7 +175,7 @@ class IJEPA(nn.Module):
 
     def normalize(self, h):
         """The norm in the formula of the loss, (B, N, D) -> (B, N, D). (The encoder's last
-        LayerNorm has a trained gain, so h can have any size, and the loss with it.)"""
+        LayerNorm has a trained gain, so h can become large or small, and the loss with it.)"""
         h = h.to(torch.promote_types(h.dtype, torch.float32))  # bfloat16 to float32; float64 stays
         if self.center:
             return center_targets(h)
@@ -186,8 +188,9 @@ class IJEPA(nn.Module):
             target.lerp_(p, 1 - momentum)
 
     def features(self, images, last=1):
-        """(B, 3, H, H) -> (B, D): the patch mean of the target encoder. last=4: the patch means of
-        its last four layers side by side, before the final norm, (B, 4 D)."""
+        """(B, 3, H, H) -> (B, D): the patch mean of the target encoder, the one that the paper
+        evaluates. last=4: the patch means of its last four layers side by side, before the final
+        norm, (B, 4 D)."""
         encoder = self.target_encoder
         if last == 1:
             return encoder(images).mean(dim=1)
@@ -204,7 +207,7 @@ class IJEPA(nn.Module):
         Hugging Face's files have no predictor: the model then has an untrained one."""
         with data.errors_become(f"{path}: does not hold an I-JEPA"):
             state, sizes = data.read_jepa(path, heads=heads, predictor_heads=predictor_heads)
-            model = cls(**sizes)
+            model = cls(**sizes)  # with `center`, too, if the file is this script's
             if not any(name.startswith("predictor.") for name in state):  # keep the untrained one
                 for name, tensor in model.predictor.state_dict().items():
                     state[f"predictor.{name}"] = tensor
@@ -218,8 +221,8 @@ def center_targets(h):
     the D numbers gets variance 1 over all tokens of the batch.
 
     What is left cannot be guessed from the position, nor from what all patches of the image share,
-    such as its color: it is how this patch differs from the rest of its image. To predict it, one
-    must know what the image shows.
+    such as its color: it is how this patch differs from the rest of its image. To predict this for
+    a masked patch, one must find out from the others which object is there, and how it lies.
     Linear probe after training, seeds 0, 1, 2: 0.752, 0.665, 0.647, with LayerNorm's targets 0.328,
     0.344, 0.296.
     """
@@ -231,7 +234,8 @@ def center_targets(h):
 class WithoutStopGradient(IJEPA):
     """The experiment --no-stop-grad: the trained encoder itself gives the targets, and the loss may
     change them, too, until they are easy to predict and empty. (Collapse: the encoder's outputs
-    become the same for all images, or differ in few directions only.) The scores still use
+    become nearly the same for all images, or differ in few directions only. center_targets does not
+    prevent it: it enlarges the small differences that are left.) The scores still use
     target_encoder, which here only follows the encoder; with --no-ema, it equals the encoder.
     To copy this, also copy: IJEPA, Encoder, Predictor, center_targets, take, Block, Attention, MLP,
     LayerNorm, PatchEmbed, patchify, sincos_2d.
@@ -311,7 +315,9 @@ def block_masks(B, grid, share=0.6, side=2):
     """
     N = grid**2
     K = math.ceil(share * N)  # number of target patches
-    if K >= N or side >= grid:  # a block that covers all would give always the same mask
+    # If one block covered all patches, `first`, below, would be 0 for each: the first K patches in
+    # reading order would be the target, always.
+    if K >= N or side >= grid:
         raise UserError(f"masks of {share} of {N} patches leave no context, or are always the "
                         "same; use more patches")
     # 1. For each image N blocks, more than are needed. They may overlap.
@@ -360,9 +366,11 @@ def collapse(model, dataset, amp, n=500):
     """Two measures of collapse, of the features (n, D) of n test images.
 
     feature_std: after each image's features are scaled to length 1, the std over the images, then
-    the mean over D. 0 if all are equal; at most about 1 / sqrt(D).
+    the mean over D. 0 if all are equal; at most about 1 / sqrt(D), as the squares of the D numbers
+    of a vector of length 1 have the mean 1 / D.
     effective_rank: in how many directions the features differ. With s the singular values of the
-    features minus their mean: exp(entropy of s / sum(s)). At least 1, at most D and n - 1.
+    features minus their mean, and p = s / sum(s): e to the power of the entropy of p. If k of the
+    values are equal and the others 0, it is k. At least 1, at most D and n - 1.
     To copy this, also copy: data.extract.
     """
     x = data.extract(model.features, dataset, dataset.test_images[:n], amp)  # (n, D)
@@ -414,8 +422,7 @@ def draw_predictions(model, dataset, out, args, amp):
         _, predictions = model.loss(images, context_idx, target_idx)
         # All in one batch, (508, N, D): center_targets subtracts the batch's means, and what is
         # compared must be normalized together.
-        h = model.target_encoder(torch.cat([images, others]))
-    h = model.normalize(h)
+        h = model.targets(torch.cat([images, others]))
     truth = h[:len(images)]
     # All patches of the other images, and their representations.
     representations = h[len(images):].flatten(0, 1)  # (500 * N, D)
@@ -517,7 +524,7 @@ def learning_rate(step, args):
     """Linear warm-up to the peak --lr, then half a cosine down to zero."""
     if step < args.warmup:
         return args.lr * (step + 1) / (args.warmup + 1)
-    progress = (step - args.warmup) / max(1, args.steps - args.warmup)  # from 0 towards 1
+    progress = (step - args.warmup) / (args.steps - args.warmup)  # from 0 towards 1
     return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -563,6 +570,7 @@ def train(args):
     vectors = [p for p in trained if p.ndim == 1]  # biases and norms: without weight decay
     groups = [dict(params=matrices, weight_decay=args.weight_decay),
               dict(params=vectors, weight_decay=0.0)]
+    # fused: one pass over all weights, which is faster; untested on Macs (mps), so not used there.
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=device.type != "mps")
     start, scores = data.resume(args, "jepa", model=model, optimizer=optimizer)
     loss_function = torch.compile(model.loss) if args.compile else model.loss
@@ -575,7 +583,7 @@ def train(args):
     # Training.
     progress = data.Progress(args, start, scores)
     for step in progress:
-        # Each step has its own seed: a resumed run computes exactly what one without a stop would.
+        # Each step of each run has its own seed: a resumed run goes on exactly as without a stop.
         torch.manual_seed(args.seed * 1_000_003 + step)
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:

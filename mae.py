@@ -1,9 +1,9 @@
 """Masked autoencoder (MAE): "... Are Scalable Vision Learners", He et al. 2021, arXiv 2111.06377.
 
 Mask three quarters of an image's patches (the slide's "blocks"): the encoder gets only the others,
-and no mask tokens. A small decoder then predicts the pixels of the masked ones. It can do so only
-if the encoder tells it what is in the image. If the encoder got all patches, a step would take 2
-to 3 times as long. (The slide encodes blocks and then masks them out: not so here.)
+and no mask tokens. A small decoder then predicts the pixels of the masked ones. It can do so
+well only if the encoder tells it what is in the image. If the encoder got all patches, a step would
+take 2 to 3 times as long. (The slide encodes blocks and then masks them out: not so here.)
 
     loss = 1 / (number of masked patches) * sum over masked patches of mean (pred - target)^2
 
@@ -89,7 +89,8 @@ class MAE(nn.Module):
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
-        # A new bias, as PyTorch draws it. (data.untrained calls this method on a trained model.)
+        # A new bias, as PyTorch draws it: data.untrained calls this method on a trained model, too.
+        # (The weight is replaced below.)
         self.patch_embed.proj.reset_parameters()
         # proj.weight has a convolution's shape, (D, 3, P, P), from which Xavier would count D P P
         # outputs. flatten gives a view of it, the matrix (D, 3 P P): so this fills proj.weight.
@@ -179,7 +180,7 @@ class MAE(nn.Module):
 
         # The loss: mean squared error of each patch, averaged over the masked patches alone.
         target = self.target(images)
-        pred = pred.to(target.dtype)  # from bfloat16, under autocast
+        pred = pred.to(target.dtype)  # under autocast bfloat16; loss and picture want float32
         error = (pred - target).square().mean(dim=-1)  # (B, N)
         loss = (error * mask).sum() / mask.sum()
         return loss, pred, mask
@@ -279,7 +280,7 @@ def learning_rate(step, args):
     """Linear warm-up to the peak --lr, then half a cosine down to zero."""
     if step < args.warmup:
         return args.lr * (step + 1) / (args.warmup + 1)
-    progress = (step - args.warmup) / max(1, args.steps - args.warmup)  # from 0 towards 1
+    progress = (step - args.warmup) / (args.steps - args.warmup)  # from 0 towards 1
     return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -302,7 +303,7 @@ def train(args):
         args.steps = 0
         args.patch_size = model.patch_size
         args.image_size = model.grid * model.patch_size
-        # Images are normalized as in the training of this model.
+        # Images are normalized as in the training of this model; for released files: ImageNet's.
         args.mean, args.std = data.statistics(args.load)
     dataset = data.open_data(args, device)
     torch.manual_seed(args.seed)
@@ -314,6 +315,7 @@ def train(args):
     vectors = [p for p in trained if p.ndim == 1]  # biases and norms: without weight decay
     groups = [dict(params=matrices, weight_decay=args.weight_decay),
               dict(params=vectors, weight_decay=0.0)]
+    # fused: one pass over all weights, which is faster; untested on Macs (mps), so not used there.
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type != "mps")
     start, scores = data.resume(args, "mae", model=model, optimizer=optimizer)
     forward = torch.compile(model) if args.compile else model
@@ -326,7 +328,7 @@ def train(args):
     # Training.
     progress = data.Progress(args, start, scores)
     for step in progress:
-        # Each step has its own seed: a resumed run computes exactly what one without a stop would.
+        # Each step of each run has its own seed: a resumed run goes on exactly as without a stop.
         torch.manual_seed(args.seed * 1_000_003 + step)
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
@@ -355,6 +357,7 @@ def train(args):
     model.eval()
     untrained = data.untrained(model, args.seed)
     scores |= data.probe_scores(dataset, model.features, untrained.features, amp)
+    # The same probe on the class token. (both_sets: features, labels of training and test images.)
     cls_features = functools.partial(model.features, pool="cls")
     scores["probe_cls"] = data.linear_probe(*data.both_sets(cls_features, dataset, amp))
     files = []

@@ -17,10 +17,10 @@ same patch. The gradient trains the blocks up to h, too: they must find out what
 Default run, seed 0: Frechet distance 12.1 (lower is better; noise 384.0, training images 0.5).
 
 Differences from the paper:
-1. By default 16 x 16 pixels, no latents of a VAE, and a projector 256 wide, not 2048: to be quick.
-2. The default teacher is a small ViT, trained on the labels for seconds. Better ones: README.
-3. For a short run (in brackets the paper's): times mostly near 0.5 (uniform), learning rate 8e-3,
-   a cosine (1e-4), averages of decay 0.995 (0.9999), 15 Heun steps (SDE, 250); and `start_larger`.
+1. To be quick: 16 x 16 pixels, no VAE, a projector 256 wide (2048), a small ViT as the teacher.
+2. For a short run (in brackets the paper's): times mostly near 0.5 (uniform); a cosine from the
+   rate 8e-3 (1e-4, constant); averages of decay 0.995 (0.9999); 15 Heun steps (SDE, 250); and
+   `start_larger`.
 """
 
 import copy
@@ -143,15 +143,15 @@ class SiT(nn.Module):
                 nn.Linear(projector_dim, projector_dim),
                 nn.SiLU(),
                 nn.Linear(projector_dim, teacher_dim))
-            for linear in self.projector[::2]:
+            for linear in self.projector[::2]:  # the three Linear layers
                 nn.init.xavier_uniform_(linear.weight)
                 nn.init.zeros_(linear.bias)
 
     @torch.no_grad()
     def init_weights(self):
         """The authors' initialization: Xavier for every matrix, zero biases, normal with std 0.02
-        for time and class. Gates and output start at zero, so the first velocity is 0. Then
-        `start_larger` replaces what time and class got (difference 3)."""
+        for time and class. adaLN and output start at zero, so the first velocity is 0. Then
+        `start_larger` replaces what time and class got (difference 2)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -170,7 +170,7 @@ class SiT(nn.Module):
         self.start_larger()  # without this line, all weights start as the authors' do
 
     def start_larger(self):
-        """Difference 3. c, the sum of time and class, reaches a block as W silu(c), with the matrix
+        """Difference 2. c, the sum of time and class, reaches a block as W silu(c), with the matrix
         W of adaLN_modulation. W starts at zero, and AdamW changes each of its numbers by about the
         learning rate in a step, however small the gradient. So W silu(c) grows fast only if c is
         large: with std 0.02, the blocks would learn late what time it is, and which class."""
@@ -258,8 +258,8 @@ class SiT(nn.Module):
     def from_pretrained(cls, path, heads=None, sit_time=None):
         """Reads this script's file, REPA's last.pt, a checkpoint of REPA's train.py, or SiT's
         SiT-XL-2-256.pt; else UserError. Averaged weights are taken if the file has them.
-        sit_time=None: guessed from the file. Only SiT's releases have outputs for a variance, too
-        (left out here): for them it is True, for all other files False.
+        sit_time=None: True for SiT's releases, False for all other files. (A release of SiT is told
+        by its last layer: it also has DiT's outputs for a variance, which are left out here.)
         heads=None: as in the file; for released files, as in the paper's model of this width."""
         with data.errors_become(f"{path}: does not hold a SiT"):
             state, sizes = data.read_sit(path, heads=heads, sit_time=sit_time)
@@ -327,18 +327,18 @@ def sample(model, noise, y, steps=50, method="euler", cfg=1.0, interval=(0, 1), 
 
 @torch.no_grad()
 def sample_sde(model, noise, y, steps=50, cfg=1.0, interval=(0, 1), generator=None):
-    """As `sample`, but each step also removes more of the noise in x, as the model estimates it,
-    and then (except the last) adds fresh noise in its place.
+    """As `sample`, but each step removes twice as much of the noise in x, and then (except in the
+    last step) adds fresh noise. This can correct errors of earlier steps, but needs more steps.
 
     To copy this, also copy: guided_velocity.
     """
     # The velocity tells which noise n is in x:
     #     x = (1 - t) image + t n  and  v = n - image  give  n = x + (1 - t) v.
-    # `sample` steps by dt v, with dt < 0. Here a step is dt (v + n): it removes |dt| n more, out of
-    # the t n in x. That lowers the variance of x by about t^2 - (t - |dt|)^2 = 2 t |dt|, without
-    # the small dt^2, and as much fresh noise is added. With small steps, x is at each time t
-    # distributed as with `sample`. (Song et al. 2021, arXiv 2011.13456, prove it; their "score",
-    # the gradient of log p, is -n / t here.)
+    # A step of `sample` is dt v, with dt < 0: of the noise t n in x, it leaves (t - |dt|) n. Here a
+    # step is dt (v + n): it leaves (t - 2 |dt|) n. Fresh noise brings the variance of the noise
+    # back to that of `sample`: (t - |dt|)^2 - (t - 2 |dt|)^2 is 2 t |dt|, but for the small dt^2.
+    # (v is a mean, and so is this n. With small steps, x is nevertheless distributed as with
+    # `sample`, at each t: Song et al. 2021, arXiv 2011.13456. Their "score" is -n / t here.)
     # Many small steps are added up: in float64, where the device has it.
     x = noise.to(torch.float32 if noise.device.type == "mps" else torch.float64)
 
@@ -434,7 +434,7 @@ def teacher_tokens(teacher, dataset, images, grid, amp):
     for x in images.split(100):  # at most (100, 3, H, H)
         x = data.normalize(x, mean, std)
         if x.shape[2] != side:
-            is_smaller = side < x.shape[2]
+            is_smaller = side < x.shape[2]  # only then does it need antialias
             x = F.interpolate(x, (side, side), mode="bicubic", antialias=is_smaller)
         with amp:
             x = teacher(x)
@@ -559,9 +559,9 @@ def frechet_scores(model, dataset, args, amp):
 
 def probe_by_block(model, dataset, amp):
     """The paper's curve, [(block, accuracy of a linear probe)]. The probe is trained on four fifths
-    of at most 5000 training images, and tested on the last fifth. (That fifth is not quite unseen:
-    the default teacher has learned its labels. On test images, which it has not seen, each accuracy
-    differs by at most 0.014: seeds 1, 2.)"""
+    of at most 5000 training images, and tested on the last fifth. (Test images are kept for
+    the final scores. The default teacher has learned the labels of that fifth, too, but this hardly
+    matters: on test images, each accuracy is at most 0.014 higher or lower; seeds 1, 2.)"""
     images = dataset.train_images[:5000]
     y = dataset.train_labels[:5000]
     split = len(y) - len(y) // 5  # the first image that the probe does not learn from
@@ -590,6 +590,13 @@ def draw_probes(model, other, dataset, out, amp):
         curves["--compare"] = probe_by_block(other, dataset, amp)
     data.save_chart(out / "blocks.svg", curves, "block", "linear probe at t = 0.5")
     return ["blocks.svg"]
+
+
+def draw_training(out):
+    """The two parts of the loss over the steps of the training, from log.csv."""
+    data.compare_logs(out / "training.svg", [out], ["velocity", "alignment"], x="step",
+                      xlabel="step", ylabel="velocity loss; alignment: mean cosine")
+    return ["training.svg"]
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -639,6 +646,8 @@ def parse_args(argv=None):
     args = data.parse(parser, "repa", SIZES, argv)  # fills in what --size tells
     if args.align_depth > args.depth:
         raise UserError(f"--align-depth {args.align_depth}: there are {args.depth} blocks")
+    if args.interval[0] > args.interval[1]:
+        raise UserError("--interval: the first time must be the smaller one")
     return args
 
 
@@ -646,7 +655,7 @@ def learning_rate(step, args):
     """Linear warm-up to the peak --lr, then half a cosine down to zero."""
     if step < args.warmup:
         return args.lr * (step + 1) / (args.warmup + 1)
-    progress = (step - args.warmup) / max(1, args.steps - args.warmup)  # from 0 to 1
+    progress = (step - args.warmup) / (args.steps - args.warmup)  # from 0 towards 1
     return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -717,6 +726,7 @@ def train(args):
         model = build(args, teacher_dim=teacher.dim if teacher else 0)
     model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False)  # the average of the weights over the steps
+    # fused: one pass over all weights, which is faster; untested on Macs (mps), so not used there.
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), weight_decay=0,
                                   fused=device.type != "mps")
     start, scores = data.resume(args, "repa", model=model, ema=ema, optimizer=optimizer)
@@ -732,7 +742,7 @@ def train(args):
     # Training.
     progress = data.Progress(args, start, scores)
     for step in progress:
-        # Each step has its own seed: a resumed run computes exactly what one without a stop would.
+        # Each step of each run has its own seed: a resumed run goes on exactly as without a stop.
         torch.manual_seed(args.seed * 1_000_003 + step)
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
@@ -771,10 +781,9 @@ def train(args):
     files = draw_samples(ema, dataset, out, args=args, amp=amp)
     files += draw_probes(ema, compared, dataset, out=out, amp=amp)
     if not args.load:
-        data.compare_logs(out / "training.svg", [out], ["velocity", "alignment"], x="step",
-                          xlabel="step", ylabel="velocity loss; alignment: mean cosine")
+        files += draw_training(out)
         save(max(start, args.steps), scores)  # start is larger if resumed with fewer --steps
-        files += ["training.svg", "checkpoint.pt", "log.csv"]
+        files += ["checkpoint.pt", "log.csv"]
     return data.report(scores, out, files)
 
 

@@ -141,7 +141,7 @@ def ours_igpt(options):
     model = igpt.ImageGPT(image_size=16, dim=options.dim, depth=options.depth, heads=options.heads, num_colors=64)
 
     def loss(images):
-        loss, class_logits = model.loss(color_tokens(images))
+        loss, logits = model.loss(color_tokens(images))
         return loss
 
     return model, loss
