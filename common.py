@@ -19,7 +19,8 @@ class LayerNorm(nn.LayerNorm):
         y = (x - E[x]) / sqrt(Var[x] + eps) * gamma + beta
 
     E and Var (divided by D, not D - 1) run over the D numbers of one token; gamma is `weight`, beta
-    is `bias`. eps is 1e-6 in ViT, MAE, I-JEPA, DINOv2 and SiT, and 1e-5 in CLIP.
+    is `bias`. eps is 1e-6 in ViT, MAE, I-JEPA, DINOv2 and SiT, and 1e-5 in CLIP. (Image GPT has
+    RMSNorm: no E, no beta.)
     """
 
     def __init__(self, dim, eps=1e-6):
