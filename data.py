@@ -20,6 +20,7 @@ import functools
 import hashlib
 import html
 import html.entities
+import inspect
 import io
 import math
 import os
@@ -193,7 +194,8 @@ def shapes(seed=0, size=32, counts=(20000, 2000, 1000)):
     # What is in each image. Each of the ten shapes occurs equally often.
     shape = torch.cat([torch.randperm(n, generator=generator) % 10 for n in counts])
     # The rule of the unseen pairs: shape s has its own order of the eight colors, which begins with
-    # color 3 s (modulo 8). Places 0 and 3 of this order occur only in the unseen images.
+    # color 3 s (modulo 8). Places 0 and 3 of this order occur only in the unseen images: so two
+    # colors of each shape are left out, other ones for most shapes, and each color is trained.
     common = torch.tensor([1, 2, 4, 5, 6, 7])[choose(6)]
     rare = torch.tensor([0, 3])[choose(2)]
     is_unseen = torch.arange(total) >= total - counts[2]
@@ -207,6 +209,7 @@ def shapes(seed=0, size=32, counts=(20000, 2000, 1000)):
     # Where and how it is drawn, in pixels.
     radius = (uniform(9, 10.5) + 2.5 * is_big) * size / 32
     direction = torch.tensor(list(POSITIONS.values()))[position]  # (total, 2): x, y
+    # uniform(3, 5, 1) is (total, 1), one number for x and y; uniform(-1, 1, 2) is one for each.
     center = direction * uniform(3, 5, 1) + uniform(-1, 1, 2)
     center = center * size / 32 + (size - 1) / 2
     angle = uniform(-0.3, 0.3)  # of the shape, in radians
@@ -229,7 +232,8 @@ def shapes(seed=0, size=32, counts=(20000, 2000, 1000)):
             distance = scale * signed_distance(SHAPES[s], dx / scale, dy / scale)
             inside = (0.5 - distance).clamp(0, 1)[:, None]  # (n, 1, H, W); soft over one pixel
 
-            # One of four textures, from -1 to 1: stripes, checks, coarser checks, a slope.
+            # One of four textures: stripes, checks, coarser checks (all from -0.5 to 0.5), and a
+            # slope from left to right, from 0 to 1.
             across, along = turn(x, y, tilt[i])
             a = (wave[i, None, None] * across + phase[i, None, None]).sin()
             b = (wave[i, None, None] * along + phase[i, None, None]).sin()
@@ -287,11 +291,14 @@ def signed_distance(shape, x, y):
         return 0.83 * side + 0.55 * y.abs() - 0.55
     if shape == "star":
         arm = 2 * math.pi / 5  # the angle between two arms
-        angle = (torch.atan2(x, up) + arm / 2) % arm - arm / 2  # from the nearest arm
+        # The angle from the nearest arm: from -arm / 2 to arm / 2.
+        angle = (torch.atan2(x, up) + arm / 2) % arm - arm / 2
         along = r * angle.cos()  # coordinates along that arm, and across it
         across = (r * angle.sin()).abs()
-        return 0.59 * (along - 1) + 0.81 * across  # one straight line, through the arm's tip
-    if shape == "heart":  # two discs above, a point below
+        # One straight line, through the arm's tip, (along, across) = (1, 0); (0.59, 0.81) has
+        # length 1 and is at a right angle to it.
+        return 0.59 * (along - 1) + 0.81 * across
+    if shape == "heart":  # two discs; below them (up < 0.35) a point
         point = torch.maximum(0.76 * side - 0.65 * up - 0.6, up - 0.35)
         return torch.minimum(torch.hypot(side - 0.43, up - 0.32) - 0.5, point)
     if shape == "cross":  # two bars
@@ -366,6 +373,7 @@ def cifar(name, root, seed):
         download(CIFAR_URL + archive, md5, root=root, folder=folder, members=members)
     images = []
     labels = []
+    # (errors_become makes whatever goes wrong inside a UserError that begins with this message.)
     with errors_become(f"{path} is damaged: delete it, and the next run downloads it again"):
         text = (path / names_file).read_text(encoding="utf8")
         class_names = [line.replace("_", " ") for line in text.split()]
@@ -404,7 +412,8 @@ def download(url, md5, root, folder, members):
     """Gets a .tar.gz; its `members` {name: size or None} arrive in root/folder, all or none.
 
     All work is done in a temporary folder, and one rename ends it: an interrupted download leaves
-    nothing that could be taken for whole. Members are read by name, so no path is ever followed.
+    nothing that could be taken for whole. Members are read by name, so a hostile archive cannot
+    write to other places.
     """
     message = f"could not get {url}: nothing was kept; try again, or unpack it into {root}"
     with errors_become(message):
@@ -593,6 +602,7 @@ def mixup_or_cutmix(images, targets):
     if torch.rand(()) < 0.5:
         mixed = keep * images + (1 - keep) * other
     else:
+        # A rectangle with the share 1 - keep of the area.
         h = round(H * math.sqrt(1 - keep))
         w = round(W * math.sqrt(1 - keep))
         y = torch.randint(H - h + 1, ())
@@ -624,8 +634,9 @@ def random_erasing(images):
 def extract(features, dataset, images, amp):
     """The features of all images: uint8 (N, 3, H, H) -> (N, D) float32.
 
-    features: a function of normalized images, (B, 3, H, H) -> (B, D). amp: the context of
-    `autocast`. Raises UserError if a feature is not finite.
+    features: a function of normalized images, (B, 3, H, H) -> (B, D); if it is of a model with
+    batch norm, call eval first. amp: the context of `autocast`. Raises UserError if a feature is
+    not finite.
     """
     batch_size = 500 if images.is_cuda else 50  # on a CPU, what fits its cache is fastest
     parts = []
@@ -656,8 +667,9 @@ def linear_probe(train_x, train_y, test_x, test_y, percent=100):
 
         mean of cross_entropy(x W^T + b, y)  +  l2 / 2 * sum of W^2
 
-    l2 is the best of four on a tenth of the training features, held out. Then all of them are
-    fitted, and the test features are used once, for the accuracy.
+    l2 is the best of four on a tenth of the training features, held out (of few images, this choice
+    is chance to a part). Then all of them are fitted, and the test features are used once, for the
+    accuracy.
 
     To copy this, also copy: accuracy, fit, standardize.
     """
@@ -740,7 +752,7 @@ def untrained(model, seed):
     torch.manual_seed(seed)
     model.init_weights()
     for module in model.modules():
-        if isinstance(module, ScaledLinear):  # of a DINOv2 file
+        if isinstance(module, ScaledLinear):  # DINOv2's, below: its factors start at 1
             nn.init.ones_(module.gamma)
     return model
 
@@ -770,9 +782,11 @@ def baseline(features, dataset, amp):
     """linear_probe of features that no training changes: kept in the data folder for other runs."""
     if len(dataset.train_images) < 2000:  # it takes a moment only
         return linear_probe(*both_sets(features, dataset, amp))
-    # A hundred features tell which function it is: another seed or size gives another file.
+    # A hundred features tell which function it is: another seed or size gives another file. So does
+    # another linear_probe, if you change it.
     x = extract(features, dataset, dataset.test_images[:100], amp)
-    path = dataset.root / f"probe-{digest(dataset, x.cpu().numpy().tobytes())}.pt"
+    probe_source = inspect.getsource(linear_probe).encode()
+    path = dataset.root / f"probe-{digest(dataset, x.cpu().numpy().tobytes() + probe_source)}.pt"
     if path.exists():
         with contextlib.suppress(UserError, KeyError):  # a damaged file is made again
             return load_checkpoint(path, "baseline")["probe"]
@@ -801,12 +815,13 @@ def keep(path, **content):
 def frechet(x, y):
     """How far two sets of features x (n, D) and y (m, D) are apart: the squared Frechet distance.
 
-    A Gaussian with the same mean m and covariance S is fitted to each set, and
+    A Gaussian is fitted to each set, with the set's mean m and covariance S, and
 
         distance = |m_x - m_y|^2 + trace(S_x + S_y - 2 (S_x^(1/2) S_y S_x^(1/2))^(1/2))
 
-    It is 0 if both are the same (Heusel 2017: with Inception's features it is the FID). Computed in
-    float64, on the CPU.
+    It is 0 if both sets are the same (Heusel 2017: with Inception's features it is the FID). Two
+    sets of the same kind are above 0, the more so the smaller they are: compare only equal numbers
+    of images. Computed in float64, on the CPU.
     """
     x = x.cpu().double()
     y = y.cpu().double()
@@ -938,12 +953,16 @@ def save_chart(path, series, xlabel, ylabel, lines=True):
     every = [point for points in curves.values() for point in points] or [(0, 0)]
     xs = [x for x, y in every]
     ys = [y for x, y in every]
+    left = min(xs)
+    right = max(xs)
+    low = min(ys)
+    high = max(ys)
 
     def px(x):  # the axes are 440 pixels long
-        return 70 + 440 * (x - min(xs)) / ((max(xs) - min(xs)) or 1)
+        return 70 + 440 * (x - left) / ((right - left) or 1)
 
     def py(y):  # and 280 high; y grows upwards
-        return 310 - 280 * (y - min(ys)) / ((max(ys) - min(ys)) or 1)
+        return 310 - 280 * (y - low) / ((high - low) or 1)
 
     def text(x, y, words, more=""):
         return f'<text x="{x:.1f}" y="{y:.1f}" {more}>{html.escape(words)}</text>'
@@ -1049,12 +1068,13 @@ def load_checkpoint(path, script=None):
         writer = content.get("script", "another program")
         raise UserError(f"{path}: written by {writer}, not by {script}.py")
     if "script" in content and content.get("version") != VERSION:
-        raise UserError(f"{path}: written by an earlier version of this repository; train it again")
+        raise UserError(f"{path}: written by another version of this repository; train it again")
     return content
 
 
 def check_zip(path):
-    """ValueError if a zip file has a wrong checksum or folder flag: PyTorch does not look."""
+    """ValueError if a zip file has a wrong checksum, or a part is said to be a folder (one flipped
+    bit): PyTorch looks at neither, and gives wrong numbers or zeros."""
     if zipfile.is_zipfile(path):
         file = zipfile.ZipFile(path)
         if file.testzip() or any(part.external_attr & 16 for part in file.infolist()):
@@ -1086,7 +1106,7 @@ def log(path, step, **numbers):
     path = pathlib.Path(path)
     header = ",".join(["step", *numbers])
     new = ",".join([str(step), *(f"{float(value):.9g}" for value in numbers.values())])
-    attempts = 1 if path in NOT_REPLACED else 5  # it is waited for only once
+    attempts = 1 if path in NOT_REPLACED else 5  # only the first line waits
     for attempt in range(attempts):
         if attempt > 0:
             time.sleep(0.25)
@@ -1237,9 +1257,9 @@ def common_options(parser, script, sizes, steps, batch_size, lr):
                type=number(float, 0))
 
 
-# What stands in the args of a checkpoint but does not come back from it with --resume: two options
-# of the new run, and the names of the classes, which `open_data` notes for who loads the file.
-NOT_STORED = ["out", "resume", "class_names"]
+# What stands in the args of a checkpoint, but --resume does not take from there: two options of the
+# new run, and the names of the classes, which `open_data` notes for who loads the file.
+NOT_RESUMED = ["out", "resume", "class_names"]
 
 
 def parse(parser, script, sizes, argv=None):
@@ -1260,12 +1280,13 @@ def parse(parser, script, sizes, argv=None):
     checkpoint = pathlib.Path(args.out) / "checkpoint.pt"
     if args.resume and checkpoint.exists():
         stored = load_checkpoint(checkpoint, script).get("args", {})
-        stored = {key: value for key, value in stored.items() if key not in NOT_STORED}
+        stored = {key: value for key, value in stored.items() if key not in NOT_RESUMED}
     elif args.load:
         with contextlib.suppress(UserError):  # a released file: the model's own loader reads it
             content = load_checkpoint(args.load)
             if "script" in content:  # of this repository, perhaps of another script
                 stored = content.get("args", {})
+            # No sizes: the script reads those of the model from its weights.
             wanted = ("data", "data_dir", "seed", "mean", "std")
             stored = {key: stored[key] for key in wanted if key in stored}
     parser.set_defaults(**stored)
@@ -1321,7 +1342,7 @@ def bf16_is_faster(kind):
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if kind == "cpu":
-        has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)  # older ones lack it
+        has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)  # old PyTorch: None
         return has_amx is not None and has_amx()
     return False
 
@@ -1375,6 +1396,8 @@ class Progress:
                     yield step
                     if self.ended:
                         raise KeyboardInterrupt
+            if self.stop:  # Ctrl-C came after the last checkpoint: no scores
+                raise KeyboardInterrupt
         finally:
             if in_main_thread:
                 signal.signal(signal.SIGINT, before)
@@ -1397,7 +1420,9 @@ class Progress:
 
     def due(self, step):
         """Whether it is time for a checkpoint: at intervals, at the end, and after Ctrl-C."""
-        self.ended = self.stop  # after a Ctrl-C from here on, one more step: it has to be saved
+        # A Ctrl-C that comes later than this line ends the run one step later, with that step's own
+        # checkpoint.
+        self.ended = self.stop
         is_last = step + 1 == self.steps
         if self.ended or is_last or time.time() - self.saved >= self.save_seconds:
             self.saved = time.time()
@@ -1431,7 +1456,7 @@ def run(train, parse_args):
     except KeyboardInterrupt:
         print("interrupted; --resume goes on from the checkpoint", file=sys.stderr)
         sys.exit(130)
-    except RuntimeError as error:  # memory: what torch raises on a CPU; on a GPU a subclass
+    except (RuntimeError, MemoryError) as error:  # torch's, also on a GPU; numpy's
         if is_compiler_error(error):
             print("error: torch.compile found no working C++ compiler; leave out --compile",
                   file=sys.stderr)
@@ -1480,7 +1505,7 @@ def main(args):
 # (state dict in this repository's names, keyword arguments of the class that it fits).
 # What a file does not hold at all raises; `errors_become` in `from_pretrained` makes it one line.
 
-# Whose checkpoints hold a ViT encoder.
+# Whose checkpoints hold a ViT encoder; "teacher" is the teacher.pt of repa.py.
 ENCODERS = ("vit", "mae", "jepa", "teacher")
 
 # Mean and std of red, green and blue with which released models had their images normalized.
@@ -1524,7 +1549,8 @@ def harmless_classes():
     make_number, _ = np.float64(0).__reduce__()  # how numpy stores a number: function, arguments
 
     def stand_in(module):
-        """make_number as "<module>.scalar": PyTorch 2.5 takes a function only under its name."""
+        """make_number as "<module>.scalar": PyTorch looks a function up by this name, and numpy 1
+        and 2 write different ones into the file."""
         def scalar(*args):
             return make_number(*args)
 
@@ -1699,7 +1725,7 @@ def read_encoder(path, heads=None, head=True):
     head=False leaves the classifier out: for repa.Teacher. A file without one has num_classes 0.
     """
     if str(path).endswith(".npz"):
-        args = {"tanh_gelu": True}
+        args = {"tanh_gelu": True}  # as Google's code in JAX has it
         state, args["heads"] = read_google(path)
     else:
         content = read_file(path, *ENCODERS)
@@ -1710,7 +1736,7 @@ def read_encoder(path, heads=None, head=True):
     state = scale_names(state)
     if not head:
         state = without(state, "head.", "pre_logits.")
-    if "pre_logits.weight" in state:  # ImageNet-21k: head(tanh(pre_logits(features)))
+    if "pre_logits.weight" in state:  # Google's ImageNet-21k: head(tanh(pre_logits(features)))
         state = {rename(name, HIDDEN_HEAD): tensor for name, tensor in state.items()}
     sizes = encoder_sizes(state)
     sizes |= count_heads(path, args, {"heads": (sizes["dim"], heads, ENCODER_HEADS)})
@@ -1736,7 +1762,8 @@ def encoder_part(content):
     if any(name.startswith("target_encoder.") for name in state):  # this repository's I-JEPA
         state = with_prefix(state, "target_encoder.")
     state = encoder_names(state)
-    # MAE's decoder; DINOv2's unused mask token; a layer that timm itself does not use
+    # MAE's decoder; DINOv2's unused mask token; pre_logits in old files of timm,
+    # which timm itself does not use
     return without(state, "decoder_", "mask_token", "pre_logits.fc.")
 
 
@@ -1759,7 +1786,7 @@ HUGGING_FACE_IJEPA = [
     ("attention.attention.", "attn."),  # encoder.layer.0.attention.attention.query.weight
     ("intermediate.dense", "mlp.fc1"),
     ("output.dense", "mlp.fc2"),
-    # The same in transformers 5, in memory, where mlp.fc1 and mlp.fc2 have our names:
+    # In a model that transformers 5 has read (state_dict()); its mlp.fc1, mlp.fc2 have our names:
     ("layers.", "blocks."),  # layers.0.layernorm_before.weight
     ("attention.q_proj", "attn.query"),
     ("attention.k_proj", "attn.key"),
@@ -1830,7 +1857,8 @@ def google_tensor(name, x):
 class ScaledLinear(nn.Linear):
     """gamma * (W x + b): a linear map and, after it, DINOv2's LayerScale, a factor per output.
 
-    It could be folded into W and b, but not exactly; the file's numbers are kept as they are.
+    It could be multiplied into W and b, but would then round differently; the file's
+    numbers are kept as they are.
     """
 
     def __init__(self, in_features, out_features):
@@ -1906,7 +1934,8 @@ HUGGING_FACE_IGPT = [
 def read_igpt(path, heads=None):
     """Hugging Face's ImageGPTForCausalImageModeling and this repository's -> (state, words).
 
-    A missing classifier (10 classes) and a missing palette are filled with zeros: read_palette.
+    A missing classifier (10 classes) and a missing palette are filled with zeros: igpt.py asks for
+    --palette, and reads it with read_palette.
     """
     content = read_file(path, "igpt")
     args = own_args(content)
@@ -2012,7 +2041,8 @@ def read_sit(path, heads=None, sit_time=None):
     """REPA's last.pt or training file, SiT-XL-2-256.pt, this repository's -> (state, words).
 
     The weights are those of the average (EMA) if the file has them. sit_time=None finds out: in
-    SiT's files time runs the other way, and they predict a variance, too, which is dropped.
+    SiT's files t = 0 is noise and t = 1 the image, and they predict a variance, too, which is
+    dropped.
     """
     content = read_file(path, "repa")
     args = own_args(content)
@@ -2028,18 +2058,19 @@ def read_sit(path, heads=None, sit_time=None):
     if has_variance:
         for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
             rows = state[name].unflatten(0, (patch_size**2, 2, channels))  # pixel, kind, channel
-            state[name] = rows[:, 0].flatten(0, 1)  # kind 0: the velocity
+            state[name] = rows[:, 0].flatten(0, 1)  # kind 0 is the velocity, 1 the variance
     if sit_time is None:
         sit_time = has_variance
     depth = count_blocks(state, "blocks.")
     hidden = len(need(state, "blocks.0.mlp.fc1.bias"))
     grid = grid_side(need(state, "pos_embed").shape[1])
     sizes = dict(image_size=grid * patch_size, patch_size=patch_size, dim=dim, depth=depth,
-                 mlp_ratio=hidden / dim, num_classes=len(need(state, "class_embed.weight")) - 1,
+                 mlp_ratio=hidden / dim,
+                 num_classes=len(need(state, "class_embed.weight")) - 1,  # less the null class
                  channels=channels, align_depth=args.get("align_depth") or sit_align_depth(depth),
                  teacher_dim=0, sit_time=sit_time)
     sizes |= count_heads(path, args, {"heads": (dim, heads, ENCODER_HEADS)})
-    if "projector.4.weight" in state:
+    if "projector.4.weight" in state:  # its last Linear
         sizes["teacher_dim"], sizes["projector_dim"] = state["projector.4.weight"].shape
     return state, sizes
 
@@ -2150,7 +2181,7 @@ def read_clip(path, heads=None, text_heads=None):
 
 def clip_image_sizes(state, heads):
     """State of the image encoder -> (constructor's words, what count_heads has to find)."""
-    grid = grid_side(len(need(state, "pos_embed")) - 1)  # less the class token, or the mean
+    grid = grid_side(len(need(state, "pos_embed")) - 1)  # less the class token; ResNet: the mean
     if "cls_token" in state:
         dim, _, _, patch_size = patch_shape(state, "patch_embed.proj.weight")
         sizes = dict(image_encoder="vit", image_size=grid * patch_size, patch_size=patch_size,

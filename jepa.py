@@ -13,7 +13,7 @@ gradient, it slowly follows the first. If the loss trained both, they could agre
 Default run, seeds 0, 1, 2: linear probe 0.752, 0.665, 0.647 (untrained 0.305, raw pixels 0.326).
 
 Differences from the paper:
-1. The norm is `center_targets`; from LayerNorm's targets, so short a run learns little (0.328).
+1. norm is `center_targets`; with LayerNorm, so short a run learns little (linear probe 0.328).
 2. Masked: blocks of 2 x 2 patches, 60 % of the image, all predicted together; context: the rest.
 3. Initial weights are drawn as in MAE's code, but larger for the patch projection; momentum 0.99 to
    0.999 (paper: 0.996 to 1); constant weight decay; flip and shift, no crops; gradient norm <= 1.
@@ -235,7 +235,8 @@ class WithoutStopGradient(IJEPA):
     """The experiment --no-stop-grad: the trained encoder itself gives the targets, and the loss may
     change them, too, until they are easy to predict and empty. (Collapse: the encoder's outputs
     become nearly the same for all images, or differ in few directions only. center_targets does not
-    prevent it: it enlarges the small differences that are left.) The scores still use
+    prevent it: it scales the differences that are left up to variance 1, even if they are tiny, or
+    the same in all D numbers.) The scores still use
     target_encoder, which here only follows the encoder; with --no-ema, it equals the encoder.
     To copy this, also copy: IJEPA, Encoder, Predictor, center_targets, take, Block, Attention, MLP,
     LayerNorm, PatchEmbed, patchify, sincos_2d.
@@ -315,8 +316,7 @@ def block_masks(B, grid, share=0.6, side=2):
     """
     N = grid**2
     K = math.ceil(share * N)  # number of target patches
-    # If one block covered all patches, `first`, below, would be 0 for each: the first K patches in
-    # reading order would be the target, always.
+    # A block that covers all patches would leave nothing to chance: always the same target, below.
     if K >= N or side >= grid:
         raise UserError(f"masks of {share} of {N} patches leave no context, or are always the "
                         "same; use more patches")

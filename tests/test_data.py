@@ -567,8 +567,9 @@ def test_a_read_only_data_folder_does_not_end_a_run(pictures, tmp_path, capsys):
     assert line.startswith("not kept for the next run: cannot write")
 
 
-def test_baselines_are_kept(tmp_path):
-    """For each function, data set and precision a file; it holds what linear_probe says. Not for small sets."""
+def test_baselines_are_kept(tmp_path, monkeypatch):
+    """For each function, data set, precision and source of linear_probe a file, which holds what linear_probe says. Not
+    for small sets."""
     write_images(tmp_path / "own.npz", 2300)
     own = data.load(str(tmp_path / "own.npz"), tmp_path)
     amp = data.autocast("cpu", "fp32")
@@ -595,11 +596,14 @@ def test_baselines_are_kept(tmp_path):
         assert data.baseline(pixels, own, amp) > 0.5
     data.save_checkpoint(path, script="baseline")
     assert data.baseline(pixels, own, amp) > 0.5
+    with monkeypatch.context() as patch:  # a student's own probe
+        patch.setattr(data, "linear_probe", lambda *sets: 0.25)
+        assert data.baseline(pixels, own, amp) == 0.25
     path.unlink()
     for key in ("train_images", "train_labels"):
         setattr(own, key, getattr(own, key)[:1000])
     data.baseline(pixels, own, amp)
-    assert not path.exists() and len(list(tmp_path.glob("probe-*.pt"))) == 3
+    assert not path.exists() and len(list(tmp_path.glob("probe-*.pt"))) == 4
 
 
 def test_an_untrained_copy_has_new_weights():
@@ -638,7 +642,7 @@ def test_checkpoint_round_trip(tmp_path):
         data.load_checkpoint(path, "mae")
     for old in (dict(script="vit", model={}), dict(script="vit", version=1)):
         torch.save(old, path)
-        with pytest.raises(data.UserError, match="earlier version of this repository; train it again"):
+        with pytest.raises(data.UserError, match="another version of this repository; train it again"):
             data.load_checkpoint(path)
 
 
@@ -922,6 +926,13 @@ def test_ctrl_c_ends_after_a_saved_step():
             if steps.due(step):
                 saved.append(step)
     assert saved == [1] and signal.getsignal(signal.SIGINT) is before
+
+    steps = progress()
+    with pytest.raises(KeyboardInterrupt):  # after the last checkpoint: the scores do not begin
+        for step in steps:
+            if steps.due(step) and step == 2:
+                signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_progress_in_a_thread():

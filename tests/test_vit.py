@@ -224,7 +224,7 @@ def test_checkpoints_of_others_are_refused(tmp_path):
     with pytest.raises(data.UserError, match="x.pt: written by igpt, not by vit"):
         ViT.from_pretrained(tmp_path / "x.pt")
     torch.save(dict(script="vit", model=random_state(), args=dict(heads=3)), tmp_path / "x.pt")
-    with pytest.raises(data.UserError, match="x.pt: written by an earlier version of this repository; train it again"):
+    with pytest.raises(data.UserError, match="x.pt: written by another version of this repository; train it again"):
         ViT.from_pretrained(tmp_path / "x.pt")
 
 
