@@ -8,7 +8,7 @@ To guess well, v must find out what x_t shows. REPA helps: a projector maps each
 early block to a vector that should point in the same direction as a frozen teacher's token for the
 same patch. The gradient trains the blocks up to h, too: they must find out what the teacher knows.
 
-    loss = mean (v(x_t, t, class) - (noise - image))^2 - 0.5 mean cos(projector(h), teacher(image))
+    loss = mean (v(x_t, t, class) - (noise - image))^2 - w mean cos(projector(h), teacher(image))
 
     python repa.py                                    # the default data set, "shapes", at 16 x 16
     python repa.py --align 0 --out out/plain          # plain SiT
@@ -16,11 +16,11 @@ same patch. The gradient trains the blocks up to h, too: they must find out what
 
 Default run, seed 0: Frechet distance 12.1 (lower is better; noise 384.0, training images 0.5).
 
-Differences from the paper:
-1. To be quick: 16 x 16 pixels, no VAE, a projector 256 wide (2048), a small ViT as the teacher.
-2. For a short run (in brackets the paper's): times mostly near 0.5 (uniform); a cosine from the
-   rate 8e-3 (1e-4, constant); averages of decay 0.995 (0.9999); 15 Heun steps (SDE, 250); and
-   `start_larger`.
+Differences from the paper (in brackets its numbers):
+1. 16 x 16 pixels, no VAE; projector 256 wide (2048); teacher: a small ViT, trained on the labels.
+2. For a short run: times mostly near 0.5 (uniform); a warm-up and a cosine from the learning rate
+   8e-3 (1e-4, constant); AdamW's second beta 0.95 (0.999); the alignment's weight w = 1 (0.5);
+   averages of decay 0.995 (0.9999); 15 Heun steps (SDE, 250); and `start_larger`.
 """
 
 import copy
@@ -258,8 +258,9 @@ class SiT(nn.Module):
     def from_pretrained(cls, path, heads=None, sit_time=None):
         """Reads this script's file, REPA's last.pt, a checkpoint of REPA's train.py, or SiT's
         SiT-XL-2-256.pt; else UserError. Averaged weights are taken if the file has them.
-        sit_time=None: True for SiT's releases, False for all other files. (A release of SiT is told
-        by its last layer: it also has DiT's outputs for a variance, which are left out here.)
+        sit_time=None: True for SiT's releases, False for all other files. (The last layer of SiT's
+        releases has twice as many outputs, as DiT's: half of them predict a variance, and are left
+        out here.)
         heads=None: as in the file; for released files, as in the paper's model of this width."""
         with data.errors_become(f"{path}: does not hold a SiT"):
             state, sizes = data.read_sit(path, heads=heads, sit_time=sit_time)
@@ -334,15 +335,18 @@ def sample_sde(model, noise, y, steps=50, cfg=1.0, interval=(0, 1), generator=No
     """
     # The velocity tells which noise n is in x:
     #     x = (1 - t) image + t n  and  v = n - image  give  n = x + (1 - t) v.
-    # A step of `sample` is dt v, with dt < 0: of the noise t n in x, it leaves (t - |dt|) n. Here a
-    # step is dt (v + n): it leaves (t - 2 |dt|) n. Fresh noise brings the variance of the noise
-    # back to that of `sample`: (t - |dt|)^2 - (t - 2 |dt|)^2 is 2 t |dt|, but for the small dt^2.
-    # (v is a mean, and so is this n. With small steps, x is nevertheless distributed as with
-    # `sample`, at each t: Song et al. 2021, arXiv 2011.13456. Their "score" is -n / t here.)
+    # A step of `sample` is dt v = dt n - dt image, with dt < 0: it adds |dt| image, and leaves
+    # (t - |dt|) n of the noise t n. Here a step is dt (v + n): it adds |dt| image, too, but leaves
+    # (t - 2 |dt|) n. Fresh noise brings the variance of the noise back to that of `sample`:
+    # (t - |dt|)^2 - (t - 2 |dt|)^2 is 2 t |dt|, but for the small dt^2.
+    # (The network's v is a mean over many images and noises, and so is n. That x is nevertheless
+    # distributed as with `sample`, if steps are small, is proved in Song et al. 2021, arXiv
+    # 2011.13456. Their "score" is -n / t here.)
     # Many small steps are added up: in float64, where the device has it.
     x = noise.to(torch.float32 if noise.device.type == "mps" else torch.float64)
 
-    # As in REPA's code, the last step goes from 0.04 to 0; it alone adds no noise.
+    # As in REPA's code, the last step goes from 0.04 to 0, and it alone adds no noise. (It leaves
+    # -0.04 n, which is hardly visible.)
     times = torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist() + [0.0]
     for i in range(steps):
         t = times[i]
@@ -560,8 +564,8 @@ def frechet_scores(model, dataset, args, amp):
 def probe_by_block(model, dataset, amp):
     """The paper's curve, [(block, accuracy of a linear probe)]. The probe is trained on four fifths
     of at most 5000 training images, and tested on the last fifth. (Test images are kept for
-    the final scores. The default teacher has learned the labels of that fifth, too, but this hardly
-    matters: on test images, each accuracy is at most 0.014 higher or lower; seeds 1, 2.)"""
+    the final scores. The default teacher has learned the labels of that fifth, too. This hardly
+    matters: on test images, accuracies were at most 0.014 higher or lower, seeds 1, 2.)"""
     images = dataset.train_images[:5000]
     y = dataset.train_labels[:5000]
     split = len(y) - len(y) // 5  # the first image that the probe does not learn from
@@ -618,7 +622,7 @@ def parse_args(argv=None):
     data.common_options(parser, "repa", SIZES, steps=1100, batch_size=64, lr=8e-3)
     parser.add("--warmup", 100, "The learning rate grows linearly for this number of steps.",
                type=data.number(int, 0))
-    parser.add("--align", 0.5, "The weight of the alignment in the loss; 0 is plain SiT.",
+    parser.add("--align", 1.0, "The weight w of the alignment in the loss; 0 is plain SiT.",
                type=data.number(float, 0, 100))
     parser.add("--align-until", None, "The step at which the alignment ends.", type=count)
     parser.add("--align-depth", None, "The aligned block, if not that of --size.", type=count)
@@ -727,7 +731,7 @@ def train(args):
     model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False)  # the average of the weights over the steps
     # fused: one pass over all weights, which is faster; untested on Macs (mps), so not used there.
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), weight_decay=0,
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0,
                                   fused=device.type != "mps")
     start, scores = data.resume(args, "repa", model=model, ema=ema, optimizer=optimizer)
     loss_function = torch.compile(model.loss) if args.compile else model.loss

@@ -49,7 +49,9 @@ from common import patchify  # noqa: E402
 TARGETS = ["plain", "teacher", "untrained", "pixels", "irepa"]
 MODELS = {"jepa": jepa.IJEPA, "mae": mae.MAE, "vit": vit.ViT}
 # Four blocks come after the aligned one. 8 steps of Heun: sampling is half of the time here.
-DEFAULTS = ["--depth", "6", "--align-depth", "2", "--steps", "600", "--lr", "0.004", "--sample-steps", "8"]
+# 0.5 is the paper's weight of the alignment.
+DEFAULTS = ["--depth", "6", "--align-depth", "2", "--steps", "600", "--lr", "0.004", "--sample-steps", "8",
+            "--align", "0.5"]
 
 
 # --------------------------------------------------------------------------------------------- the targets

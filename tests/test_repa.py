@@ -883,6 +883,7 @@ def test_killed_and_resumed_is_the_same_run(same_run, pictures, tmp_path):
 @pytest.mark.parametrize("words, message", [
     (["--patch-size", 5], "--patch-size 5 does not divide the images' side 16"),
     (["--align-depth", 3], "--align-depth 3: there are 2 blocks"),
+    (["--interval", 0.8, 0.2], "--interval: the first time must be the smaller one"),
     (["--teacher", "data.py"], "data.py: not a whole PyTorch file"),
     (["--label-dropout", 2], "'2' is not a number from 0 to 1"),
     (["--load", "README.md"], "README.md: not a whole PyTorch file"),
