@@ -24,7 +24,7 @@ PANELS = {
     "clip": ("similarity.png", [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]),
     "mae": ("reconstruction.png", [(0, 1), (0, 3), (1, 1), (1, 3), (4, 5), (4, 7)]),
     "jepa": ("predictions.png", [(0, 1), (0, 2), (1, 1), (1, 2), (3, 1), (3, 2)]),
-    "repa": ("samples.png", [(0, 1), (2, 2), (3, 0), (4, 5), (4, 8), (7, 0)]),
+    "repa": ("samples.png", [(5, 1), (5, 2), (4, 7), (3, 8), (4, 5), (4, 0)]),
 }
 
 LETTERS = {  # those of the six names, 5 wide and 8 high; # is black
