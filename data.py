@@ -667,9 +667,8 @@ def linear_probe(train_x, train_y, test_x, test_y, percent=100):
 
         mean of cross_entropy(x W^T + b, y)  +  l2 / 2 * sum of W^2
 
-    l2 is the best of four on a tenth of the training features, held out (if they are few, this choice
-    is partly chance). Then all of them are fitted, and the test features are used once, for the
-    accuracy.
+    l2 is the best of four on a tenth of the training features, held out (few of them choose partly
+    by chance). Then all are fitted, and the test features are used once, for the accuracy.
 
     To copy this, also copy: accuracy, fit, standardize.
     """
