@@ -57,7 +57,7 @@ class Data:
     (3,): the statistics of the color channels of the training images, on the scale 0 to 1.
     """
 
-    name: str  # "shapes", "cifar10" or "cifar100"; of an own file its name without .npz
+    name: str  # "shapes", "cifar10" or "cifar100"; of your own file its name without .npz
     class_names: list  # K texts; label k means class_names[k]
     train_images: torch.Tensor  # (N, 3, H, H) uint8
     train_labels: torch.Tensor  # (N,) int64, from 0 to K - 1
@@ -110,7 +110,7 @@ def normalize(images, mean, std):
 
 
 def load(name="shapes", root="datasets", seed=0, image_size=None):
-    """The Data of a name: shapes, cifar10, cifar100, or the path of an own file ending in .npz.
+    """The Data of a name: shapes, cifar10, cifar100, or the path of your own file ending in .npz.
 
     The seed decides what `shapes` draws and which captions CIFAR gets. `image_size` rescales the
     images. Raises UserError for whatever cannot be read as images.
@@ -1220,8 +1220,8 @@ def common_options(parser, script, sizes, steps, batch_size, lr):
     """The options that all six scripts share, in the same words."""
     count = number(int, 1, 10**9)
     side = number(int, 1, 65536)
-    parser.add("--data", "shapes", "The data set: shapes, cifar10, cifar100 or the path of an own "
-               "file ending in .npz.")
+    parser.add("--data", "shapes", "The data set: shapes, cifar10, cifar100 or the path of your "
+               "own file ending in .npz.")
     parser.add("--data-dir", "datasets", "The folder in which data sets are kept.")
     parser.add("--size", "tiny", "The size of the model, a name for its width, depth and so on.",
                choices=sizes)
@@ -1350,8 +1350,8 @@ def open_data(args, device):
     """The Data that the options name, on the device; checks that the patches fit its images.
 
     With args.mean and args.std (from the checkpoint of --resume or --load), images are normalized
-    as they were in its training. Notes in args what a checkpoint must hold so that an own image can
-    be classified later.
+    as they were in its training. Notes in args what a checkpoint must hold so that your own image
+    can be classified later.
     """
     dataset = load(args.data, args.data_dir, args.seed, args.image_size).to(device)
     if getattr(args, "mean", None) is not None:
@@ -1475,8 +1475,8 @@ def is_compiler_error(error):
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add("--data", "shapes", "The data set: shapes, cifar10, cifar100 or the path of an own "
-               "file ending in .npz.")
+    parser.add("--data", "shapes", "The data set: shapes, cifar10, cifar100 or the path of your "
+               "own file ending in .npz.")
     parser.add("--data-dir", "datasets", "The folder in which data sets are kept.")
     parser.add("--seed", 0, "The random seed of the drawn images.", type=number(int, 0, 10**9))
     parser.add("--out", "out/data", "The folder into which the sheet of images is written.")

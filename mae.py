@@ -11,8 +11,8 @@ take 2 to 3 times as long. (The slide encodes blocks and then masks them out: no
     python mae.py --norm-pix --out out/norm_pix     # target: each patch normalized by itself
     python vit.py --init out/mae/checkpoint.pt --out out/tuned        # fine-tune with labels
 
-Default run, seed 0, float32: accuracy of a linear probe (a linear classifier of the mean of the
-patch tokens) 0.843; the same on the untrained network's tokens 0.267, on raw pixels 0.326.
+Default run, seed 0, 18 minutes on one older core (3:54 on two newer): a linear probe (a linear
+classifier of the mean of the patch tokens) 0.843; of the untrained network 0.267, of pixels 0.326.
 
 Differences from the paper:
 1. Peak learning rate 2e-3 for any batch size, not 1.5e-4 * batch size / 256: the run is short.
@@ -180,7 +180,7 @@ class MAE(nn.Module):
 
         # The loss: mean squared error of each patch, averaged over the masked patches alone.
         target = self.target(images)
-        pred = pred.to(target.dtype)  # under autocast bfloat16; loss and picture want float32
+        pred = pred.to(target.dtype)  # under autocast bfloat16; loss and images need float32
         error = (pred - target).square().mean(dim=-1)  # (B, N)
         loss = (error * mask).sum() / mask.sum()
         return loss, pred, mask
@@ -206,7 +206,7 @@ class MAE(nn.Module):
         return model
 
 
-# -------------------------------------------------------------------------------------- the picture
+# ------------------------------------------------------------------------------ scores and pictures
 
 
 @torch.no_grad()
@@ -344,7 +344,7 @@ def train(args):
         loss.backward()
         # One bad batch can give a huge gradient: scale all gradients down if their norm exceeds 1.
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        progress.check(step, loss, norm)  # notes the loss; ends the run if either is not finite
+        progress.check(step, loss, norm)  # waits for both numbers; not finite: the run ends
         optimizer.step()
         scores = progress.scores(images_seen=(step + 1) * len(images))  # loss, seconds, images_seen
         if step % 10 == 0 or step + 1 == args.steps:

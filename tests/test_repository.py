@@ -1,6 +1,7 @@
 """What the repository promises of itself: how the code reads, what a copy needs, and that its README tells the truth."""
 
 import ast
+import contextlib
 import functools
 import importlib
 import re
@@ -254,6 +255,10 @@ assert pred.shape == (1, 2, 24, 128)""",
     "jepa.random_masks": "assert random_masks(2, 64)[0].shape[0] == 2",
     "jepa.block_masks": "assert block_masks(2, 8)[1].shape == (1, 2, 39)",
     "jepa.multiblock_masks": "assert len(multiblock_masks(2, 8)[1]) == 4",
+    "jepa.sample_masks": "assert sample_masks('random', 2, 8, 'cpu')[1].shape == (1, 2, 39)",
+    "vit.score_classifier": """dataset = types.SimpleNamespace(test_images=torch.eye(3).reshape(3, 3, 1, 1), normalize=lambda x: x,
+                                test_labels=torch.tensor([0, 1, 0]))
+assert abs(score_classifier(lambda x: x.flatten(1), dataset, contextlib.nullcontext()) - 2 / 3) < 1e-6""",
     "repa.SiT": """model = SiT()
 y = torch.tensor([1, 2])
 loss, parts = model.loss(torch.randn(2, 3, 16, 16), y, torch.randn(2, 64, 128))
@@ -282,6 +287,9 @@ loss, _ = model.loss(torch.zeros(2, 16, dtype=torch.long))
 loss.backward()
 assert model.sample(torch.zeros(2, 3, dtype=torch.long)).shape == (2, 16)""",
     "igpt.fit_palette": "assert fit_palette(torch.randint(0, 255, (20, 3, 8, 8)).byte(), 4).shape == (4, 3)",
+    "data.extract": """dataset = types.SimpleNamespace(normalize=lambda x: x / 255)
+x = extract(lambda x: x.mean((2, 3)), dataset, torch.ones(60, 3, 4, 4, dtype=torch.uint8), contextlib.nullcontext())
+assert x.shape == (60, 3)""",
     "data.linear_probe": "x = torch.eye(3).repeat(20, 1); y = x.argmax(1); assert linear_probe(x, y, x, y) == 1",
     "data.knn": "x = torch.eye(3).repeat(20, 1); y = x.argmax(1); assert knn(x, y, x, y) == 1",
     "data.frechet": "x = torch.randn(50, 3); assert abs(frechet(x, x)) < 1e-6",
@@ -302,7 +310,7 @@ def test_a_copy_runs_alone(piece):
             parts.add(("data", part.removeprefix("data.")))
         else:
             parts.add((name, part) if part in found else (imported.get(part, "common"), part))
-    namespace = {"__name__": "copied"}
+    namespace = {"__name__": "copied", "types": types, "contextlib": contextlib}
     for file in ("common", "data", name):
         for node in tree(file).body:
             if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.module not in ("common", "data")):
