@@ -18,8 +18,8 @@ probes (linear classifiers on fixed features): of the untrained network 0.302, o
 
 Differences from the paper:
 1. The learned position table starts as MAE's fixed sin-cos table of rows and columns, so it need
-   not learn what is near what. After 600 steps, the accuracy is 0.571; with small random numbers
-   as the start, as in the authors' code, it is 0.328 (raw pixels 0.326).
+   not learn what is near what. Accuracy after 600 steps, seeds 0, 1, 2: 0.556, 0.458, 0.429; with
+   small random numbers as the start, as in the authors' code, 0.303, 0.230, 0.453.
 2. For small images and little data: random shifts, no crops; label smoothing; weight decay 0.05, on
    matrices alone.
 3. No dropout anywhere, and the head is one linear layer, as in later recipes (DeiT, MAE).
