@@ -564,11 +564,11 @@ def bars(row, order, target, side):
     long as its probability in row (K,), green if it is the target, else red."""
     image = torch.full((3, side, side), 255, dtype=torch.uint8)
     for i, k in enumerate(order):
-        color = torch.tensor((50, 160, 80) if k == target else (205, 90, 80))
+        color = (50, 160, 80) if k == target else (205, 90, 80)
         top = i * side // len(order) + 1
         bottom = (i + 1) * side // len(order)
         length = round(row[k].item() * side)
-        image[:, top:bottom, :length] = color[:, None, None]
+        image[:, top:bottom, :length] = torch.tensor(color)[:, None, None]
     return image
 
 

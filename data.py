@@ -782,10 +782,12 @@ def baseline(features, dataset, amp):
     if len(dataset.train_images) < 2000:  # it takes a moment only
         return linear_probe(*both_sets(features, dataset, amp))
     # A hundred features tell which function it is: another seed or size gives another file. So does
-    # another linear_probe, if you change it.
+    # another linear_probe, or a change in what it calls.
     x = extract(features, dataset, dataset.test_images[:100], amp)
-    probe_source = inspect.getsource(linear_probe).encode()
-    path = dataset.root / f"probe-{digest(dataset, x.cpu().numpy().tobytes() + probe_source)}.pt"
+    key = x.cpu().numpy().tobytes()
+    for function in (linear_probe, standardize, fit, accuracy):
+        key += inspect.getsource(function).encode()
+    path = dataset.root / f"probe-{digest(dataset, key)}.pt"
     if path.exists():
         with contextlib.suppress(UserError, KeyError):  # a damaged file is made again
             return load_checkpoint(path, "baseline")["probe"]
@@ -975,10 +977,10 @@ def save_chart(path, series, xlabel, ylabel, lines=True):
     out.append(text(290, 355, xlabel, 'text-anchor="middle"'))
     out.append(text(0, 0, ylabel,
                     'text-anchor="middle" transform="translate(18 170) rotate(-90)"'))
-    for x in ticks(min(xs), max(xs)):
+    for x in ticks(left, right):
         out.append(text(px(x), 328, f"{x:.7g}", 'text-anchor="middle"'))
         out.append(f'<path d="M{px(x):.1f} 310v5" stroke="black"/>')
-    for y in ticks(min(ys), max(ys)):
+    for y in ticks(low, high):
         out.append(text(62, py(y) + 4, f"{y:.6g}", 'text-anchor="end"'))
         out.append(f'<path d="M70 {py(y):.1f}h-5" stroke="black"/>')
     for i, (name, points) in enumerate(curves.items()):

@@ -599,11 +599,14 @@ def test_baselines_are_kept(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:  # a student's own probe
         patch.setattr(data, "linear_probe", lambda *sets: 0.25)
         assert data.baseline(pixels, own, amp) == 0.25
+    with monkeypatch.context() as patch:  # or a part of it
+        patch.setattr(data, "accuracy", lambda *parts: 0.75)
+        assert data.baseline(pixels, own, amp) == 0.75
     path.unlink()
     for key in ("train_images", "train_labels"):
         setattr(own, key, getattr(own, key)[:1000])
     data.baseline(pixels, own, amp)
-    assert not path.exists() and len(list(tmp_path.glob("probe-*.pt"))) == 4
+    assert not path.exists() and len(list(tmp_path.glob("probe-*.pt"))) == 5
 
 
 def test_an_untrained_copy_has_new_weights():
@@ -980,6 +983,7 @@ class BackendCompilerFailed(RuntimeError):
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "error: out of memory"),
     (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to reserve"), 2, "error: out of memory"),
     (RuntimeError("CUDA out of memory. Tried to reserve 2 GiB"), 2, "error: out of memory"),
+    (MemoryError("Unable to allocate 8.88 PiB for an array"), 2, "error: out of memory"),  # numpy's
     (InvalidCxxCompiler("No working C++ compiler found"), 2, "error: torch.compile found no working C++ compiler"),
     (BackendCompilerFailed("#include <memory>\nerror"), 2, "error: torch.compile found no working C++ compiler"),
 ])
